@@ -1,0 +1,207 @@
+"""What an adapter is, and how it is found.
+
+A *base quantizer* reads an upstream checkpoint into a `CalibratedState`; a *backend* installs such a
+state on a denoiser and hands back one `ActQuantizer` for each activation quantizer. Both are found by
+entry point, so an adapter outside this repository needs nothing here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from .errors import AdapterNotFoundError
+from .schema import StrictModel, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from .grids import Ranges
+    from .state import CalibratedState
+
+BASE_QUANTIZERS = "qlip_plugins.base_quantizers"
+BACKENDS = "qlip_plugins.backends"
+QUALITY_METRICS = "qlip_plugins.quality_metrics"
+GROUPS = (BASE_QUANTIZERS, BACKENDS, QUALITY_METRICS)
+
+
+class AdapterConfig(StrictModel):
+    """The `base:` section of a recipe; each base quantizer extends it with its own options."""
+
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint says of itself, and the recipe lines that would load it.
+
+    `weight_bits` is what the tensors reveal, None where they leave it open. `base` is the `base:`
+    section of a recipe; a value of None in `unknown` names an option that the user must supply.
+    """
+
+    format: str
+    weight_bits: int | None
+    activation_bits: int | None
+    has_activations: bool
+    quantized_layers: int
+    split_layers: int
+    base: Mapping[str, Any]
+    unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class BaseQuantizer(Protocol):
+    """A calibrated post-training quantizer that QLIP runs on top of."""
+
+    config_class: ClassVar[type[AdapterConfig]]
+
+    def load(self, config: Any) -> CalibratedState:
+        """Read the checkpoint that `config` (a `config_class`) names.
+
+        Raises:
+            ArtefactError: the file is missing, damaged, of another format, or contradicts `config`.
+        """
+        ...
+
+    def inspect(self, path: Path) -> Inspection | None:
+        """Say what the file at `path` is, or None when it is not of this adapter's format.
+
+        Raises:
+            ArtefactError: the file is of this format, but damaged.
+        """
+        ...
+
+
+@runtime_checkable
+class ActQuantizer(Protocol):
+    """Handle on one activation quantizer of an installed model."""
+
+    name: str
+    base_bits: int
+
+    def set_bits(self, bits: int | torch.Tensor) -> None:
+        """Choose the width: one for all rows, or `(N,)` integers, one for each row of the batch.
+
+        2..31 quantize, 32 leaves the values as they are, `base_bits` is the checkpoint's own quantizer.
+
+        Raises:
+            BitsError: a width outside 2..32, or none of its grids is known for this quantizer.
+        """
+        ...
+
+    def set_mixture(self, widths: tuple[int, ...], probabilities: torch.Tensor) -> None:
+        """Run the likeliest width, and send gradients to every one.
+
+        Args:
+            widths: the choices, W of them.
+            probabilities: `(W,)`, or `(N, W)` for the rows of a batch; non-negative.
+        """
+        ...
+
+    def observe(self, callback: Callable[[torch.Tensor], None] | None) -> None:
+        """Show every input, before it is quantized, to `callback`; None ends that."""
+        ...
+
+    def losses(self) -> Mapping[int, tuple[int, int, int]]:
+        """`{width: (values seen, clipped, zeroed)}` where calibrated ranges were kept on request."""
+        ...
+
+
+class Installed(Mapping[str, ActQuantizer], ABC):
+    """The activation quantizers of a model, keyed by module path, operand names appended; removable."""
+
+    def __init__(self, quantizers: Mapping[str, ActQuantizer]) -> None:
+        self._quantizers = dict(quantizers)
+
+    def __getitem__(self, name: str) -> ActQuantizer:
+        return self._quantizers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._quantizers)
+
+    def __len__(self) -> int:
+        return len(self._quantizers)
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Give the model back as it was before `install`; a second call does nothing."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Check that every quantizer still sits in the model, over quantized weights.
+
+        Raises:
+            IncompatibleModelError: something has taken one out, or overwritten its weight.
+        """
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Runs a calibrated state on a denoiser's layers."""
+
+    def install(
+        self, denoiser: torch.nn.Module, state: CalibratedState, ranges: Ranges | None = None
+    ) -> Installed:
+        """Put `state` on `denoiser`, in place, every activation quantizer active at its base width.
+
+        Args:
+            denoiser: a diffusers UNet or transformer.
+            state: what a base quantizer read.
+            ranges: grids of the other widths; None allows only those inside the calibrated range that
+                keep the signal.
+
+        Raises:
+            IncompatibleModelError: names or shapes disagree; the denoiser is then untouched.
+        """
+        ...
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """The entry points of one group by name; nothing is imported."""
+    return {entry.name: entry for entry in sorted(entry_points(group=group), key=lambda e: e.name)}
+
+
+def load_base_quantizer(name: str) -> BaseQuantizer:
+    """Import the base quantizer registered as `name`.
+
+    Raises:
+        AdapterNotFoundError: none is; the message names those that are.
+    """
+    adapter: BaseQuantizer = _load(BASE_QUANTIZERS, "base quantizer", name)
+    return adapter
+
+
+def load_backend(name: str) -> Backend:
+    """Import the backend registered as `name`.
+
+    Raises:
+        AdapterNotFoundError: none is; the message names those that are.
+    """
+    backend: Backend = _load(BACKENDS, "backend", name)
+    return backend
+
+
+def check_installed(group: str, kind: str, name: str) -> EntryPoint:
+    """The entry point called `name`, or an error that names the nearest one."""
+    found = installed(group)
+    if name not in found:
+        known = ", ".join(found) or "none"
+        raise AdapterNotFoundError(f"no {kind} {name!r}{nearest(name, found)} (installed: {known})")
+    return found[name]
+
+
+def _load(group: str, kind: str, name: str) -> Any:
+    # An adapter's own import error is not ours to hide: it passes through.
+    return check_installed(group, kind, name).load()
+
+
+def iter_base_quantizers() -> Iterator[tuple[str, BaseQuantizer]]:
+    """Every installed base quantizer, imported one at a time."""
+    for name in installed(BASE_QUANTIZERS):
+        yield name, load_base_quantizer(name)

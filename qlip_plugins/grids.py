@@ -1,0 +1,229 @@
+"""The integer grid of an activation quantizer, at its base width and at every other.
+
+At the base width the checkpoint's own grid is used to the letter. Another width needs a range: one
+fitted for that width on calibration inputs, or, when the user says so, the calibrated range kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import ArtefactError, BitsError
+from .files import written_whole
+from .recipe import FULL_PRECISION
+
+RANGES_FORMAT = "qlip-plugins ranges"
+RANGES_VERSION = 1
+
+LOST_SIGNAL = 0.25
+"""Relative squared error at which a kept range counts as useless: 6 dB, one bit of the signal left."""
+
+
+@dataclass(frozen=True)
+class ActGrid:
+    """The codes of one activation quantizer at one width.
+
+    `scale` is the step (negative where training drove it there), `zero_point` the code of 0.0,
+    `low_code`..`high_code` the codes that exist.
+    """
+
+    bits: int
+    scale: float
+    zero_point: int
+    low_code: int
+    high_code: int
+
+    @classmethod
+    def asymmetric(cls, bits: int, scale: float, zero_point: int) -> ActGrid:
+        """Codes 0 .. 2^bits - 1."""
+        return cls(bits, scale, zero_point, 0, 2**bits - 1)
+
+    @classmethod
+    def symmetric(cls, bits: int, scale: float, zero_point: int = 0) -> ActGrid:
+        """Codes -2^(bits-1) .. 2^(bits-1) - 1."""
+        return cls(bits, scale, zero_point, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    @classmethod
+    def over(cls, bits: int, low: float, high: float) -> ActGrid:
+        """2^bits even steps from `low` to `high`, 0.0 on a step where the range holds it.
+
+        Raises:
+            BitsError: the range is empty or not finite.
+        """
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise BitsError(f"a range from {low} to {high} has no {bits}-bit grid")
+        scale = (high - low) / (2**bits - 1)
+        return cls.asymmetric(bits, float(torch.tensor(scale).item()), round(-low / scale))
+
+    @property
+    def low(self) -> float:
+        """The smallest value the grid can express."""
+        return min(self._ends())
+
+    @property
+    def high(self) -> float:
+        """The largest value the grid can express."""
+        return max(self._ends())
+
+    def _ends(self) -> tuple[float, float]:
+        return (
+            (self.low_code - self.zero_point) * self.scale,
+            (self.high_code - self.zero_point) * self.scale,
+        )
+
+    def at_width(self, bits: int) -> ActGrid:
+        """The same range in 2^bits steps."""
+        return self if bits == self.bits else ActGrid.over(bits, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Grids of the widths other than the base width.
+
+    Args:
+        fitted: quantizer name -> width -> grid.
+        keep_calibrated: use the calibrated range where nothing is fitted, and count what that loses.
+        fingerprint: of the base that the grids were fitted on; empty where there are none.
+    """
+
+    fitted: Mapping[str, Mapping[int, ActGrid]] = field(default_factory=dict)
+    keep_calibrated: bool = False
+    fingerprint: str = ""
+
+    def save(self, path: Path) -> None:
+        """Write the fitted grids as safetensors, whole or not at all: `(W, 2)` scale and zero point."""
+        widths = sorted({width for grids in self.fitted.values() for width in grids})
+        tensors = {
+            name: torch.tensor([[grids[w].scale, grids[w].zero_point] for w in widths], dtype=torch.float64)
+            for name, grids in self.fitted.items()
+        }
+        header = {
+            "format": RANGES_FORMAT,
+            "version": str(RANGES_VERSION),
+            "widths": json.dumps(widths),
+            "base_fingerprint": self.fingerprint,
+        }
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: Path) -> Ranges:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtefactError: missing, damaged, of another format, or with values that are no grid.
+        """
+        tensors, header = read_safetensors(path, RANGES_FORMAT, RANGES_VERSION)
+        widths = json.loads(header["widths"])
+        fitted: dict[str, dict[int, ActGrid]] = {}
+        for name, values in tensors.items():
+            if values.shape != (len(widths), 2) or not values.isfinite().all() or (values[:, 0] <= 0).any():
+                raise ArtefactError(
+                    f"{path}: tensor {name!r} is no list of (step, zero point) for {len(widths)} widths"
+                )
+            rows = values.tolist()
+            fitted[name] = {
+                width: ActGrid.asymmetric(width, scale, int(zero))
+                for width, (scale, zero) in zip(widths, rows, strict=True)
+            }
+        return cls(fitted=fitted, fingerprint=header["base_fingerprint"])
+
+
+def read_safetensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of one of this package's own files.
+
+    Raises:
+        ArtefactError: missing, damaged, of another kind, or newer than this package.
+    """
+    if not path.is_file():
+        raise ArtefactError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = dict(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path}: damaged or not safetensors: {error}") from None
+    if header.get("format") != kind:
+        raise ArtefactError(f"{path}: expected a file of {kind!r}, found {header.get('format')!r}")
+    if int(header.get("version", "0")) > version:
+        raise ArtefactError(
+            f"{path}: written as version {header['version']}, this package reads up to {version}: upgrade it"
+        )
+    return tensors, header
+
+
+class GridChoice:
+    """The grids of one quantizer by width, and what keeping a range has cost.
+
+    Every backend shares this, so that a width means the same on each.
+    """
+
+    def __init__(self, name: str, base: ActGrid, ranges: Ranges) -> None:
+        self.name = name
+        self.base = base
+        self._fitted = ranges.fitted.get(name, {})
+        self._keep = ranges.keep_calibrated
+        self._judged: set[int] = set()
+        self._losses: dict[int, Tensor] = {}
+
+    def grid(self, bits: int) -> ActGrid | None:
+        """The grid of a width; None for 32, which leaves values as they are.
+
+        Raises:
+            BitsError: the width is outside 2..32.
+        """
+        if not 2 <= bits <= FULL_PRECISION:
+            raise BitsError(f"{self.name}: a width of {bits} bits, expected 2 to {FULL_PRECISION}")
+        if bits == self.base.bits:
+            return self.base
+        if bits == FULL_PRECISION:
+            return None
+        return self._fitted.get(bits) or self.base.at_width(bits)
+
+    def is_judged(self, bits: int) -> bool:
+        """Whether values at this width need no look: the grid is the base's, fitted, or looked at."""
+        free = bits in (self.base.bits, FULL_PRECISION) or bits in self._fitted
+        return free or (not self._keep and bits in self._judged)
+
+    def judge(self, bits: int, x: Tensor, quantized: Tensor) -> None:
+        """Look at what a kept range did to `x`: count it on request, else refuse a lost signal.
+
+        Args:
+            bits: the width.
+            x: what went in, any shape.
+            quantized: what came out, the same shape.
+
+        Raises:
+            BitsError: less than one bit of the signal is left, and nobody asked to keep the range.
+        """
+        x, quantized = x.detach().float(), quantized.detach().float()
+        if self._keep:
+            clipped = ((x < self.base.low) | (x > self.base.high)).sum()
+            zeroed = ((x != 0) & (quantized == 0)).sum()
+            counts = torch.stack([torch.full_like(clipped, x.numel()), clipped, zeroed])
+            self._losses[bits] = self._losses.get(bits, torch.zeros_like(counts)) + counts
+            return
+        energy = float(x.square().sum())
+        lost = float((quantized - x).square().sum()) / energy if energy > 0 else 0.0
+        if lost > LOST_SIGNAL:
+            raise BitsError(
+                f"{self.name}: {bits} bits inside the calibrated range [{self.base.low:.4g}, "
+                f"{self.base.high:.4g}] lose {min(lost, 1):.0%} of the signal (limit {LOST_SIGNAL:.0%}). "
+                "Fit a range for this width (`qlip-plugins fit-ranges`, `ranges: {table: FILE}`), or accept "
+                "the loss with `ranges: {keep_calibrated: true}`"
+            )
+        self._judged.add(bits)
+
+    def losses(self) -> dict[int, tuple[int, int, int]]:
+        """`{width: (values seen, clipped, zeroed)}` so far, where the range was kept on request."""
+        counted = {bits: counts.tolist() for bits, counts in self._losses.items()}
+        return {bits: (seen, clipped, zeroed) for bits, (seen, clipped, zeroed) in counted.items()}

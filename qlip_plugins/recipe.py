@@ -1,0 +1,245 @@
+"""The recipe: one frozen object, spelt as one YAML file, checked whole before torch is imported."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+
+from .adapter import BACKENDS, BASE_QUANTIZERS, AdapterConfig, check_installed, installed, load_base_quantizer
+from .errors import AdapterNotFoundError, RecipeError
+from .schema import PathOrHubId, RecipePath, StrictModel, nearest
+from .yaml_lines import Document, read_document
+
+SHIPPED_PACKAGE = "qlip_recipes"
+FULL_PRECISION = 32
+
+Width = Annotated[int, Field(ge=2, le=FULL_PRECISION)]
+
+
+class ModelSection(StrictModel):
+    """The diffusers pipeline that the recipe is for."""
+
+    pipeline: PathOrHubId
+    prompt_embeddings: RecipePath | None = None
+    """Precomputed text embeddings, for a pipeline without a text encoder (`embeddings.py`)."""
+
+
+class ActivationBits(StrictModel):
+    """The bit menu B = (low, medium, high); 32 leaves an activation untouched."""
+
+    low: Width
+    medium: Width
+    high: Width
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.medium < self.high:
+            raise PydanticCustomError(
+                "menu_order",
+                "need low < medium < high, found {found}",
+                {"found": f"{self.low}, {self.medium}, {self.high}"},
+            )
+        return self
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """The three widths, ascending."""
+        return (self.low, self.medium, self.high)
+
+
+class RangesSection(StrictModel):
+    """Where the ranges of widths other than the base width come from: exactly one of the two."""
+
+    table: RecipePath | None = None
+    """Ranges fitted for each width by mean squared error; `qlip-plugins fit-ranges` writes the file."""
+    keep_calibrated: bool = False
+    """Keep the checkpoint's range at every width; the report then states what was clipped and zeroed."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.table is None) == (not self.keep_calibrated):
+            raise PydanticCustomError(
+                "ranges", "give exactly one of `table: FILE` and `keep_calibrated: true`"
+            )
+        return self
+
+
+class StaticController(StrictModel):
+    """Every controlled activation at one width, whatever the prompt; `base` is the checkpoint's own."""
+
+    kind: Literal["static"]
+    bits: Width | Literal["base"]
+
+
+class TableController(StrictModel):
+    """A given bit plan, whatever the prompt."""
+
+    kind: Literal["table"]
+    plan: RecipePath
+
+
+class QlipController(StrictModel):
+    """A trained (or hand-set) T2Q and Q2B: the prompt chooses."""
+
+    kind: Literal["qlip"]
+    path: RecipePath
+
+
+Controller = Annotated[StaticController | TableController | QlipController, Field(discriminator="kind")]
+
+
+def _with_adapter_options(
+    value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo
+) -> AdapterConfig:
+    """Let the adapter named in the `base:` section check the options, inside the same report."""
+    if isinstance(value, AdapterConfig):
+        return value
+    if not isinstance(value, dict):
+        raise PydanticCustomError("base_section", "a section with the key `adapter` is needed")
+    if not isinstance(value.get("adapter"), str):
+        raise PydanticCustomError("missing", "the key `adapter` is missing")
+    try:
+        config_class = load_base_quantizer(value["adapter"]).config_class
+    except AdapterNotFoundError as error:
+        raise PydanticCustomError("adapter_not_found", "{text}", {"text": str(error)}) from None
+    return config_class.model_validate(value, context=info.context)
+
+
+class Recipe(StrictModel):
+    """How to put QLIP on one quantized model. Every section without a default must be there."""
+
+    schema_version: Literal[1]
+    description: str = ""
+    model: ModelSection
+    base: Annotated[SerializeAsAny[AdapterConfig], WrapValidator(_with_adapter_options)]
+    backend: str
+    activation_bits: ActivationBits
+    ranges: RangesSection | None = None
+    attention: Literal["base", "controlled"] = "base"
+    """Whether the operands of the attention products (q, k, v, softmax) leave their base width."""
+    controller: Controller
+
+    @field_validator("backend")
+    @classmethod
+    def _backend_is_installed(cls, name: str) -> str:
+        try:
+            check_installed(BACKENDS, "backend", name)
+        except AdapterNotFoundError as error:
+            raise PydanticCustomError("adapter_not_found", "{text}", {"text": str(error)}) from None
+        return name
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read and check a recipe file.
+
+        Raises:
+            RecipeError: every problem of the file at once, each as `FILE:LINE: KEY: WHAT`.
+        """
+        document = read_document(Path(path))
+        problems = list(document.problems)
+        recipe = None
+        try:
+            recipe = cls.model_validate(document.data, context={"base_dir": Path(path).resolve().parent})
+        except ValidationError as error:
+            problems += [_line_of(document, dict(found)) for found in error.errors()]
+        if problems or recipe is None:
+            raise RecipeError("\n".join(document.report(problems)))
+        return recipe
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Recipe:
+        """A shipped recipe by name, or a recipe file by path.
+
+        Raises:
+            RecipeError: neither exists, or the file has problems.
+        """
+        return cls.from_yaml(find_recipe(name_or_path))
+
+    def missing_files(self) -> list[str]:
+        """The files that the recipe names and that are not there, as `key: path`."""
+        named: list[tuple[str, Any]] = [
+            ("model.prompt_embeddings", self.model.prompt_embeddings),
+            *((f"base.{key}", value) for key, value in self.base),
+            *((f"controller.{key}", value) for key, value in self.controller),
+        ]
+        if isinstance(self.model.pipeline, Path) or Path(self.model.pipeline).is_absolute():
+            named.append(("model.pipeline", Path(self.model.pipeline)))
+        if self.ranges is not None:
+            named.append(("ranges.table", self.ranges.table))
+        return [f"{key}: {path}" for key, path in named if isinstance(path, Path) and not path.exists()]
+
+
+def _line_of(document: Document, found: dict[str, Any]) -> tuple[int, str]:
+    """One pydantic error as the line where it stands and its text."""
+    where = document.locate(found["loc"])
+    message = found["msg"]
+    if found["type"] == "missing" and message == "Field required":
+        message = f"the key {found['loc'][-1]!r} is missing"
+    elif found["type"] not in _OWN_WORDS and isinstance(found["input"], str | int | float | bool):
+        message = f"{message}, found {found['input']!r}"
+    return where.line, f"{where.dotted}: {message}" if where.dotted else message
+
+
+_OWN_WORDS = {"unknown_key", "menu_order", "ranges", "adapter_not_found", "package_path", "empty_path", "missing"}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes in this package's library, by name."""
+    folder = Path(str(files(SHIPPED_PACKAGE)))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a shipped recipe's name, or the path itself.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    shipped = shipped_recipes()
+    if str(name_or_path) in shipped:
+        return shipped[str(name_or_path)]
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise RecipeError(
+            f"{path}: no such recipe file, and no shipped recipe of that name"
+            f"{nearest(str(name_or_path), shipped)} (shipped: {', '.join(shipped) or 'none'})"
+        )
+    return path
+
+
+def dump(section: dict[str, Any]) -> str:
+    """A plain mapping as YAML text."""
+    out = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(section, out)
+    return out.getvalue()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, the options of every installed base quantizer included."""
+    schema = Recipe.model_json_schema()
+    options = {
+        name: load_base_quantizer(name).config_class.model_json_schema(
+            ref_template=f"#/$defs/{name}/$defs/{{model}}"
+        )
+        for name in installed(BASE_QUANTIZERS)
+    }
+    schema["$defs"] |= options
+    schema["properties"]["base"] = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in options]}
+    return schema

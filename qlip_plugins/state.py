@@ -1,0 +1,172 @@
+"""The neutral record between checkpoint readers and backends.
+
+With M readers and N backends it makes M + N adapters of M x N: a reader writes a `CalibratedState`, a
+backend installs one. Names are those of the diffusers denoiser.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .errors import IncompatibleModelError
+from .grids import ActGrid
+
+SPLIT_SUFFIX = ".skip"
+"""Appended to a layer's name for the quantizer of the second part of a split input."""
+
+OPERANDS = ("q", "k", "v", "softmax")
+"""Appended, after a dot, to an attention's name for the quantizers of its matrix products."""
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """Integer weight codes of a layer, or of one part of its input channels.
+
+    `codes` has the shape of the weight, whole numbers 0 .. 2^bits - 1; `scale` and `zero_point`
+    broadcast to it, `(O, 1)` or `(O, 1, 1, 1)` for one grid an output channel.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+
+    def dequantized(self) -> Tensor:
+        """`(codes - zero_point) * scale`, float32."""
+        return (self.codes.float() - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """One convolution or linear layer.
+
+    `weight` holds one part, or two where the input channels are split; `inputs` one grid for each part,
+    or none where activations stay in floating point.
+    """
+
+    weight: tuple[WeightPart, ...]
+    inputs: tuple[ActGrid, ...] = ()
+
+    def dequantized(self) -> Tensor:
+        """The weight that the layer computes with, float32, in the float weight's shape."""
+        return torch.cat([part.dequantized() for part in self.weight], dim=1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        first = self.weight[0].codes.shape
+        return (first[0], sum(part.codes.shape[1] for part in self.weight), *first[2:])
+
+    @property
+    def split(self) -> int | None:
+        """Where the input channels are split; None where they are not."""
+        return self.weight[0].codes.shape[1] if len(self.weight) > 1 else None
+
+
+@dataclass(frozen=True)
+class CalibratedState:
+    """A calibrated model, as a backend needs it.
+
+    Args:
+        format: name of the base quantizer that read it.
+        layers: module path of a convolution or linear -> its quantizers.
+        operands: `<attention path>.{q,k,v,softmax}` -> grid of an attention product's operand.
+        float_parameters: every floating parameter of the calibrated model by diffusers name, the
+            layers' unquantized weights included.
+        source: where it was read from, for messages.
+    """
+
+    format: str
+    layers: Mapping[str, CalibratedLayer]
+    operands: Mapping[str, ActGrid] = field(default_factory=dict)
+    float_parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    source: str = ""
+
+    @cached_property
+    def activations(self) -> dict[str, ActGrid]:
+        """Every activation quantizer by its handle's name."""
+        grids: dict[str, ActGrid] = {}
+        for name, layer in self.layers.items():
+            grids |= dict(zip((name, name + SPLIT_SUFFIX), layer.inputs, strict=False))
+        return grids | dict(self.operands)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every code, step and zero point: two states with the same one are the same base."""
+        digest = hashlib.sha256(self.format.encode())
+        for name in sorted(self.layers):
+            digest.update(name.encode())
+            for part in self.layers[name].weight:
+                for tensor in (part.codes, part.scale, part.zero_point):
+                    digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for name, grid in sorted(self.activations.items()):
+            digest.update(f"{name}{grid}".encode())
+        return digest.hexdigest()
+
+    def weight_bits(self) -> dict[str, int]:
+        """Weight width of each quantized layer."""
+        return {name: layer.weight[0].bits for name, layer in self.layers.items()}
+
+    def check_fits(self, denoiser: nn.Module) -> None:
+        """Compare every name and shape with a denoiser's.
+
+        Raises:
+            IncompatibleModelError: they disagree; the message lists the first of each kind.
+        """
+        problems = []
+        theirs = {name: tuple(p.shape) for name, p in denoiser.named_parameters()}
+        for name, tensor in self.float_parameters.items():
+            if name not in theirs:
+                problems.append(f"{name} {tuple(tensor.shape)} is in the checkpoint, not in the model")
+            elif theirs[name] != tuple(tensor.shape):
+                problems.append(
+                    f"{name} is {tuple(tensor.shape)} in the checkpoint, {theirs[name]} in the model"
+                )
+        if self.float_parameters:
+            missing = [name for name in theirs if name not in self.float_parameters]
+            problems += [f"{name} {theirs[name]} is in the model, not in the checkpoint" for name in missing]
+        modules = dict(denoiser.named_modules())
+        for name, layer in self.layers.items():
+            module = modules.get(name)
+            if not isinstance(module, nn.Conv2d | nn.Linear):
+                problems.append(f"{name} is {type(module).__name__} in the model, not a conv or linear layer")
+            elif tuple(module.weight.shape) != layer.shape:
+                problems.append(f"{name} weighs {layer.shape} in the checkpoint, {tuple(module.weight.shape)} here")
+        problems += [
+            f"{name}: the model has no such attention"
+            for name in self.operands
+            if name.rpartition(".")[0] not in modules
+        ]
+        if problems:
+            shown = "\n  ".join(problems[:8])
+            more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise IncompatibleModelError(
+                f"{self.source or self.format}: the checkpoint belongs to another architecture than this "
+                f"{type(denoiser).__name__} ({len(problems)} differences):\n  {shown}{more}"
+            )
+
+    def check_same_weights(self, denoiser: nn.Module) -> None:
+        """Check that a denoiser holds the weights the checkpoint was calibrated on, up to fp16 rounding.
+
+        Raises:
+            IncompatibleModelError: it holds others, a fine-tune's say; installing would replace them.
+        """
+        differing = []
+        for name, parameter in denoiser.named_parameters():
+            if name in self.float_parameters and not parameter.is_meta:
+                ours = self.float_parameters[name].to(parameter.device, torch.float32)
+                # bfloat16, the coarsest type in use, keeps 8 bits: a relative step of 2^-8.
+                if not torch.allclose(parameter.detach().float(), ours, rtol=2**-7, atol=1e-4):
+                    differing.append(name)
+        if differing:
+            raise IncompatibleModelError(
+                f"{self.source or self.format}: {len(differing)} of {len(self.float_parameters)} tensors of "
+                f"the pipeline's {type(denoiser).__name__} are not those the checkpoint was calibrated on "
+                f"({', '.join(differing[:3])}, ...). Load the pipeline that was calibrated"
+            )
