@@ -134,10 +134,10 @@ class Installed(Mapping[str, ActQuantizer], ABC):
 
     @abstractmethod
     def verify(self) -> None:
-        """Check that every quantizer still sits in the model, over quantized weights.
+        """Check, at little cost, that every quantizer still sits in the model.
 
         Raises:
-            IncompatibleModelError: something has taken one out, or overwritten its weight.
+            IncompatibleModelError: something has taken one out.
         """
 
 

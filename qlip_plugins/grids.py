@@ -6,7 +6,6 @@ fitted for that width on calibration inputs, or, when the user says so, the cali
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -100,16 +99,20 @@ class Ranges:
     fingerprint: str = ""
 
     def save(self, path: Path) -> None:
-        """Write the fitted grids as safetensors, whole or not at all: `(W, 2)` scale and zero point."""
-        widths = sorted({width for grids in self.fitted.values() for width in grids})
+        """Write the fitted grids as safetensors, whole or not at all.
+
+        Each quantizer has `(W, 3)` float64: width, step and zero point.
+        """
         tensors = {
-            name: torch.tensor([[grids[w].scale, grids[w].zero_point] for w in widths], dtype=torch.float64)
+            name: torch.tensor(
+                [[width, grid.scale, grid.zero_point] for width, grid in sorted(grids.items())],
+                dtype=torch.float64,
+            ).reshape(-1, 3)
             for name, grids in self.fitted.items()
         }
         header = {
             "format": RANGES_FORMAT,
             "version": str(RANGES_VERSION),
-            "widths": json.dumps(widths),
             "base_fingerprint": self.fingerprint,
         }
         with written_whole(path) as temporary:
@@ -123,19 +126,14 @@ class Ranges:
             ArtefactError: missing, damaged, of another format, or with values that are no grid.
         """
         tensors, header = read_safetensors(path, RANGES_FORMAT, RANGES_VERSION)
-        widths = json.loads(header["widths"])
         fitted: dict[str, dict[int, ActGrid]] = {}
-        for name, values in tensors.items():
-            if values.shape != (len(widths), 2) or not values.isfinite().all() or (values[:, 0] <= 0).any():
-                raise ArtefactError(
-                    f"{path}: tensor {name!r} is no list of (step, zero point) for {len(widths)} widths"
-                )
-            rows = values.tolist()
+        for name, rows in tensors.items():
+            if rows.ndim != 2 or rows.shape[1] != 3 or not rows.isfinite().all() or (rows[:, :2] <= 0).any():
+                raise ArtefactError(f"{path}: tensor {name!r} is no list of (width, step, zero point)")
             fitted[name] = {
-                width: ActGrid.asymmetric(width, scale, int(zero))
-                for width, (scale, zero) in zip(widths, rows, strict=True)
+                int(width): ActGrid.asymmetric(int(width), step, int(zero)) for width, step, zero in rows.tolist()
             }
-        return cls(fitted=fitted, fingerprint=header["base_fingerprint"])
+        return cls(fitted=fitted, fingerprint=header.get("base_fingerprint", ""))
 
 
 def read_safetensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:

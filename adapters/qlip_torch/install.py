@@ -42,9 +42,6 @@ class _RefuseOtherWeights:
         return self  # the codes are constant and large: copies of a layer share them
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        self.check(module)
-
-    def check(self, module: nn.Module) -> None:
         weight = module.weight
         if not isinstance(weight, Tensor) or weight.is_meta:
             return
@@ -63,7 +60,6 @@ class InstalledTorch(Installed):
         self._denoiser = denoiser
         self._undo: list[Callable[[], None]] = []
         self._hooks: list[tuple[nn.Module, _QuantizeInput]] = []
-        self._weights: list[tuple[nn.Module, _RefuseOtherWeights]] = []
         self._attentions: list[tuple[Any, QuantizedAttnProcessor]] = []
 
     def remove(self) -> None:
@@ -82,8 +78,6 @@ class InstalledTorch(Installed):
                     f"{processor.q.name}: its attention processor has been replaced by "
                     f"{type(attention.processor).__name__}"
                 )
-        for module, check in self._weights:
-            check.check(module)
 
     def add_float(self, path: str, value: Tensor) -> None:
         """Put a parameter of the calibrated model in place of the denoiser's, where they differ."""
@@ -99,7 +93,6 @@ class InstalledTorch(Installed):
         module = self._denoiser.get_submodule(name)
         self._swap(module, "weight", layer.dequantized())
         check = _RefuseOtherWeights(name, layer)
-        self._weights.append((module, check))
         self._undo.append(module.register_load_state_dict_post_hook(check).remove)
         if not layer.inputs:
             return

@@ -1,0 +1,235 @@
+"""The `qlip-plugins` program: each verb a few lines over the library.
+
+stdout is data, stderr is talk. Exit codes: 0 ok, 2 usage or recipe, 3 bad artefact, 4 incompatible
+model or host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .adapter import iter_base_quantizers
+from .errors import ArtefactError, HostError, QlipError, RecipeError
+from .recipe import Recipe, dump, find_recipe, json_schema, shipped_recipes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    # A progress bar where nobody watches is noise; set before the hub libraries read it.
+    if os.environ.get("CI") or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except QlipError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _HEAVY:
+            raise
+        _say(f"error: {error.name} is not installed: pip install 'qlip-plugins[diffusers]'")
+        return HostError.exit_code
+    except BrokenPipeError:
+        # The reader of a pipe has enough; keep Python from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was left half-written")
+        return 130
+    return code
+
+
+_HEAVY = {"torch", "diffusers", "transformers", "safetensors", "numpy", "PIL", "tqdm", "accelerate"}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print(data: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(data, indent=2, default=str) if as_json else text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlip-plugins",
+        description="Text-conditioned activation bits (QLIP) for quantized diffusion models.",
+        epilog="exit codes: 0 ok, 2 usage or recipe, 3 bad artefact, 4 incompatible model or host",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    inspect = verbs.add_parser("inspect", parents=[common], help="say what a checkpoint is, and how to load it")
+    inspect.add_argument("checkpoint", type=Path)
+    inspect.set_defaults(run=_inspect)
+
+    _add_recipe_verbs(verbs, common)
+
+    generate = verbs.add_parser("generate", parents=[common], help="make pictures under a recipe")
+    _add_sampling(generate)
+    generate.add_argument("--out", type=Path, required=True, help="folder to write; an earlier result is replaced")
+    generate.set_defaults(run=_generate)
+
+    fit = verbs.add_parser("fit-ranges", parents=[common], help="fit activation ranges for a recipe's menu")
+    _add_sampling(fit)
+    fit.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    fit.set_defaults(run=_fit_ranges)
+
+    doctor = verbs.add_parser("doctor", parents=[common], help="say which hosts and adapters are usable")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_recipe_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
+    recipe = verbs.add_parser("recipe", help="check, list or show recipes")
+    actions = recipe.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser("check", parents=[common], help="report every problem of a recipe, with its line")
+    what = check.add_mutually_exclusive_group(required=True)
+    what.add_argument("recipe", nargs="?", help="file, or name of a shipped recipe")
+    what.add_argument("--shipped", action="store_true", help="check every shipped recipe")
+    check.set_defaults(run=_recipe_check)
+    listing = actions.add_parser("list", parents=[common], help="the shipped recipes")
+    listing.set_defaults(run=_recipe_list)
+    show = actions.add_parser("show", parents=[common], help="print a recipe, or the JSON Schema of all")
+    what = show.add_mutually_exclusive_group(required=True)
+    what.add_argument("recipe", nargs="?", help="file, or name of a shipped recipe")
+    what.add_argument("--schema", action="store_true", help="the JSON Schema, for editors")
+    show.set_defaults(run=_recipe_show)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="file, or name of a shipped recipe")
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given repeatedly")
+    parser.add_argument("--steps", type=_positive, default=25)
+    parser.add_argument("--guidance", type=float, default=7.5, metavar="SCALE", help="1 or less: none")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    found = None
+    for _, adapter in iter_base_quantizers():
+        found = adapter.inspect(options.checkpoint)
+        if found is not None:
+            break
+    if found is None:
+        known = ", ".join(name for name, _ in iter_base_quantizers())
+        raise ArtefactError(f"{options.checkpoint}: no checkpoint of a known format ({known})")
+    recipe = _recipe_for(found.base)
+    # Layer lists are long: they belong to --json.
+    facts = {
+        "format": found.format,
+        "weight_bits": found.weight_bits,
+        "activation_bits": found.activation_bits,
+        "has_activations": found.has_activations,
+        "quantized_layers": found.quantized_layers,
+        "split_layers": found.split_layers,
+        **{key: value for key, value in found.details.items() if not isinstance(value, list)},
+    }
+    unknown = [f"{name} is in neither the file nor a record beside it: set it in the recipe" for name in found.unknown]
+    shown = [f"{key}: {value}" for key, value in facts.items()]
+    shown += [f"note: {note}" for note in (*found.notes, *unknown)]
+    text = "\n".join(shown) + "\n\n# a recipe that loads it; name your pipeline in `model:`\n" + recipe.rstrip()
+    _print({**asdict(found), "recipe": recipe}, text, options.json)
+    return 0
+
+
+def _recipe_for(base: Any) -> str:
+    return dump(
+        {
+            "schema_version": 1,
+            "model": {"pipeline": "path/to/the/calibrated/pipeline"},
+            "base": dict(base),
+            "backend": "torch",
+            "activation_bits": {"low": 8, "medium": 16, "high": 32},
+            "controller": {"kind": "static", "bits": "base"},
+        }
+    )
+
+
+def _recipe_check(options: argparse.Namespace) -> int:
+    names = list(shipped_recipes()) if options.shipped else [options.recipe]
+    missing: dict[str, list[str]] = {}
+    for name in names:
+        missing[name] = Recipe.load(name).missing_files()
+    _print({"ok": not any(missing.values()), "missing_files": missing}, _check_text(missing), options.json)
+    if any(missing.values()):
+        for name, files in missing.items():
+            for file in files:
+                _say(f"error: {name}: {file}: no such file or folder")
+        return ArtefactError.exit_code
+    return 0
+
+
+def _check_text(missing: dict[str, list[str]]) -> str:
+    return "\n".join(f"{name}: {'ok' if not files else 'files are missing'}" for name, files in missing.items())
+
+
+def _recipe_list(options: argparse.Namespace) -> int:
+    recipes = {name: Recipe.from_yaml(path).description for name, path in shipped_recipes().items()}
+    width = max(map(len, recipes), default=0)
+    _print(recipes, "\n".join(f"{name:{width}}  {text}" for name, text in recipes.items()), options.json)
+    return 0
+
+
+def _recipe_show(options: argparse.Namespace) -> int:
+    if options.schema:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    path = find_recipe(options.recipe)
+    recipe = Recipe.from_yaml(path)
+    _print(recipe.model_dump(mode="json"), path.read_text(encoding="utf-8").rstrip(), options.json)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    recipe = Recipe.load(options.recipe)
+    from .generation import generate
+
+    report = generate(recipe, options.prompt, _settings(options), options.out)
+    _print(report, (options.out / "report.txt").read_text(encoding="utf-8").rstrip(), options.json)
+    _say(f"wrote {options.out}/ ({len(options.prompt)} pictures, drawn plans, plan.safetensors, report.json)")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    from .generation import Settings
+
+    return Settings(steps=options.steps, guidance_scale=options.guidance, seed=options.seed)
+
+
+def _fit_ranges(options: argparse.Namespace) -> int:
+    recipe = Recipe.load(options.recipe)
+    if options.out.suffix != ".safetensors":
+        raise RecipeError(f"--out {options.out}: a ranges table is a .safetensors file")
+    from .generation import fit_recipe_ranges
+
+    ranges = fit_recipe_ranges(recipe, options.prompt, _settings(options))
+    ranges.save(options.out)
+    widths = sorted({width for grids in ranges.fitted.values() for width in grids})
+    facts = {"file": str(options.out), "quantizers": len(ranges.fitted), "widths": widths}
+    _print(facts, "\n".join(f"{key}: {value}" for key, value in facts.items()), options.json)
+    _say(f"use it with `ranges: {{table: {options.out}}}`")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import as_text, diagnose
+
+    found = diagnose()
+    _print(found, as_text(found), options.json)
+    return 0 if found["ok"] else HostError.exit_code

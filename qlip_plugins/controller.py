@@ -1,0 +1,439 @@
+"""The activation-bit controller: one plan a prompt, made before the first step, followed by timestep."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Installed, load_backend, load_base_quantizer
+from .embeddings import EmbeddingSource, EndOfTextState, MeanOfStates
+from .errors import BitsError, IncompatibleModelError
+from .grids import Ranges
+from .layers import controlled, count_by_kind
+from .metrics import MacCounts, PromptCost, cost_of, count_macs
+from .plan import BitPlan
+from .recipe import FULL_PRECISION, QlipController, RangesSection, Recipe, StaticController, TableController
+from .state import CalibratedState
+from .text_to_bits import TextToBits
+
+
+class Planner(Protocol):
+    """Makes the plan of a batch of prompts.
+
+    `layers` are the quantizers it sets, `widths` all that it may choose.
+    """
+
+    layers: tuple[str, ...]
+    widths: frozenset[int]
+
+    def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
+        """The plan of P prompts with text states `(P, T, D)`, at S distinct timesteps."""
+        ...
+
+    def remove(self) -> None:
+        """Leave the pipeline as it was."""
+        ...
+
+
+class FixedPlanner:
+    """The same widths for every prompt: a static width, or a given table."""
+
+    def __init__(self, layers: tuple[str, ...], bits: Mapping[str, int]) -> None:
+        self.layers = layers
+        self.widths = frozenset(bits[name] for name in layers)
+        self._row = torch.tensor([bits[name] for name in layers], dtype=torch.uint8)
+
+    def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
+        """See `Planner.plan`."""
+        shape = (states.shape[0], len(timesteps), len(self.layers))
+        return BitPlan(self._row.expand(shape).clone(), timesteps, self.layers)
+
+    def remove(self) -> None:
+        """See `Planner.remove`."""
+
+
+class TablePlanner:
+    """A given plan of one prompt, followed for every prompt."""
+
+    def __init__(self, table: BitPlan, known: Mapping[str, int]) -> None:
+        if table.prompts != 1:
+            raise BitsError(f"the plan holds {table.prompts} prompts; a table for every prompt holds one")
+        strange = [name for name in table.layers if name not in known]
+        if strange:
+            raise IncompatibleModelError(
+                f"the plan sets {len(strange)} quantizers that this base has not: {', '.join(strange[:3])}"
+            )
+        self._table = table
+        self.layers = table.layers
+        self.widths = frozenset(int(width) for width in table.bits.unique())
+
+    def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
+        """See `Planner.plan`."""
+        rows = torch.stack([self._table.at(timestep)[0] for timestep in timesteps])
+        return BitPlan(rows.expand(states.shape[0], -1, -1).clone(), timesteps, self.layers)
+
+    def remove(self) -> None:
+        """See `Planner.remove`."""
+
+
+class PromptPlanner:
+    """T2Q and Q2B: each prompt has its own plan."""
+
+    def __init__(self, text_to_bits: TextToBits, source: EmbeddingSource) -> None:
+        self._text_to_bits = text_to_bits
+        self._source = source
+        self.layers = text_to_bits.config.layers
+        self.widths = frozenset(text_to_bits.config.menu.widths)
+
+    def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
+        """See `Planner.plan`."""
+        embeddings = self._source.embed(states)
+        if embeddings.shape[1] != self._text_to_bits.config.embedding_dim:
+            raise IncompatibleModelError(
+                f"the controller reads embeddings of length {self._text_to_bits.config.embedding_dim}, this "
+                f"pipeline's have {embeddings.shape[1]}"
+            )
+        return self._text_to_bits.plan(embeddings, timesteps)
+
+    def remove(self) -> None:
+        """See `Planner.remove`."""
+        self._source.remove()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last generation cost. Counted from the plan; no latency is measured.
+
+    Args:
+        prompts: the cost of each prompt.
+        calls: calls of the denoiser.
+        steps: distinct timesteps.
+        controlled: K by kind of layer.
+        plan_digest: SHA-256 of the plan.
+        range_losses: quantizer -> width -> shares clipped and zeroed, where calibrated ranges were kept.
+    """
+
+    prompts: list[PromptCost]
+    calls: int
+    steps: int
+    controlled: dict[str, int]
+    plan_digest: str
+    range_losses: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {"bitops_are": "simulated: counted from the plan, not measured", **asdict(self)}
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.controlled.items()) or "none"
+        lines = [
+            f"K = {sum(self.controlled.values())} controlled quantizers ({kinds})",
+            f"{self.steps} steps, {self.calls} calls of the denoiser; BitOPs are simulated",
+            "prompt  quality     FAB  FAB by MACs  BitOPs paper (T)  BitOPs full (T)",
+        ]
+        for index, cost in enumerate(self.prompts):
+            quality = "      -" if cost.quality is None else f"{cost.quality:7.4f}"
+            lines.append(
+                f"{index:6d}  {quality}  {cost.fab:6.2f}  {cost.fab_mac_weighted:11.2f}  "
+                f"{cost.bitops_paper:16.6g}  {cost.bitops_full:15.6g}"
+            )
+        for width, (clipped, zeroed, worst) in self._worst_losses().items():
+            lines.append(
+                f"calibrated ranges kept at {width} bits: up to {clipped:.1%} clipped, {zeroed:.1%} zeroed ({worst})"
+            )
+        return "\n".join(lines)
+
+    def _worst_losses(self) -> dict[int, tuple[float, float, str]]:
+        worst: dict[int, tuple[float, float, str]] = {}
+        for name, widths in self.range_losses.items():
+            for width, loss in widths.items():
+                found = (loss["clipped"], loss["zeroed"], name)
+                worst[width] = max(worst.get(width, (0.0, 0.0, "")), found, key=lambda item: item[0] + item[1])
+        return dict(sorted(worst.items()))
+
+
+class _Steering:
+    """The denoiser's forward pre-hook. A copy of the denoiser gets one that refuses to run."""
+
+    def __init__(self, controller: BitController) -> None:
+        self._controller = controller
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Orphan:
+        return _Orphan()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._controller.before_call(module, args, kwargs)
+
+
+class _Orphan:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise IncompatibleModelError(
+            f"this {type(module).__name__} is a copy of one that a recipe steers; its bits would be whatever the "
+            "original's were. Remove the recipe before copying, or apply it to the copy's own pipeline"
+        )
+
+
+class BitController:
+    """Sets the plan's bits before each call of a pipeline's denoiser; made by `apply`.
+
+    Leaving its `with` block, or `remove()`, gives the pipeline back as it was.
+    """
+
+    def __init__(self, pipe: Any, state: CalibratedState, quantizers: Installed, planner: Planner) -> None:
+        self.quantizers = quantizers
+        self._pipe = pipe
+        self._denoiser: nn.Module = pipe.unet
+        self.state = state
+        self._planner = planner
+        self._plan: BitPlan | None = None
+        self._seen: tuple[Any, Any] = (None, None)
+        self._rows: dict[float, list[int | Tensor]] = {}
+        self._visits: Counter[float] = Counter()
+        self._shapes: dict[str, Any] = {}
+        self._signature = inspect.signature(type(self._denoiser).forward)
+        self._handle = self._denoiser.register_forward_pre_hook(_Steering(self), with_kwargs=True)
+
+    @property
+    def plan(self) -> BitPlan | None:
+        """The plan of the last generation, a row for each image; None before the first."""
+        return self._plan
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take everything off the pipeline; a second call does nothing."""
+        self._handle.remove()
+        self._planner.remove()
+        self.quantizers.remove()
+
+    def report(self) -> Report:
+        """What the last generation cost.
+
+        Raises:
+            BitsError: nothing has been generated yet.
+        """
+        if self._plan is None:
+            raise BitsError("nothing has been generated under this recipe yet, so there is nothing to report")
+        base_bits = {name: quantizer.base_bits for name, quantizer in self.quantizers.items()}
+        costs = cost_of(self._plan, self._counts(), self.state.weight_bits(), base_bits, self._visits)
+        return Report(
+            prompts=costs,
+            calls=sum(self._visits.values()),
+            steps=len(self._visits),
+            controlled=count_by_kind(self._plan.layers),
+            plan_digest=self._plan.digest(),
+            range_losses=self._range_losses(),
+        )
+
+    def before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set the bits of one call of the denoiser, by its timestep."""
+        call = self._signature.bind(denoiser, *args, **kwargs).arguments
+        sample, states = call["sample"], call["encoder_hidden_states"]
+        copies = 2 if getattr(self._pipe, "do_classifier_free_guidance", False) else 1
+        if states.shape[0] != sample.shape[0] or sample.shape[0] % copies:
+            raise IncompatibleModelError(
+                f"a call with {sample.shape[0]} samples and {states.shape[0]} text states under "
+                f"{'guidance' if copies == 2 else 'no guidance'}: their rows cannot be told apart"
+            )
+        self._decide(states, copies)
+        timestep = _one_timestep(call["timestep"])
+        if timestep not in self._rows:
+            self._rows[timestep] = self._columns(timestep, copies)
+        for name, bits in zip(self._planner.layers, self._rows[timestep], strict=True):
+            self.quantizers[name].set_bits(bits)
+        self._visits[timestep] += 1
+        self._shapes = {"copies": copies, "rows": sample.shape[0], "call": _shapes_of(call)}
+
+    def _decide(self, states: Tensor, copies: int) -> None:
+        """Make a plan when a generation begins: the pipeline then has new timesteps and text states."""
+        timesteps = self._pipe.scheduler.timesteps
+        seen_timesteps, seen_states = self._seen
+        if timesteps is seen_timesteps and states is seen_states:
+            return
+        self.quantizers.verify()
+        distinct = tuple(dict.fromkeys(float(t) for t in timesteps.tolist()))
+        plan = self._planner.plan(states[states.shape[0] // copies * (copies - 1) :], distinct)
+        # A callback may swap the text states in mid-run (to end guidance, say): the same generation.
+        if timesteps is not seen_timesteps or self._plan is None or plan.digest() != self._plan.digest():
+            self._visits = Counter()
+        self._plan, self._seen, self._rows = plan, (timesteps, states), {}
+
+    def _columns(self, timestep: float, copies: int) -> list[int | Tensor]:
+        """What to set on each layer: one width, or one for each row of the batch, guidance halves alike."""
+        assert self._plan is not None  # _decide has run
+        columns = self._plan.at(timestep).int().repeat(copies, 1).unbind(1)
+        return [int(c[0]) if bool((c == c[0]).all()) else c for c in columns]
+
+    def _counts(self) -> MacCounts:
+        """MACs of one prompt's share of a call, counted on a twin without data."""
+        with torch.device("meta"):
+            denoiser: Any = self._denoiser
+            twin = type(denoiser).from_config(denoiser.config)
+        share = self._shapes["copies"]
+        return count_macs(twin, _meta(self._shapes["call"], self._shapes["rows"], share))
+
+    def _range_losses(self) -> dict[str, dict[int, dict[str, float]]]:
+        return {
+            name: {
+                width: {"clipped": clipped / seen, "zeroed": zeroed / seen}
+                for width, (seen, clipped, zeroed) in losses.items()
+            }
+            for name, quantizer in self.quantizers.items()
+            if (losses := quantizer.losses())
+        }
+
+
+@dataclass(frozen=True)
+class _Shape:
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _shapes_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Shape(tuple(value.shape), value.dtype)
+    if isinstance(value, Mapping):
+        return {key: _shapes_of(item) for key, item in value.items() if key != "self"}
+    return value
+
+
+def _meta(value: Any, rows: int, share: int) -> Any:
+    if isinstance(value, _Shape):
+        size = (share, *value.size[1:]) if value.size[:1] == (rows,) else value.size
+        return torch.empty(size, dtype=value.dtype, device="meta")
+    if isinstance(value, Mapping):
+        return {key: _meta(item, rows, share) for key, item in value.items()}
+    return value
+
+
+def _one_timestep(timestep: Any) -> float:
+    values = set(timestep.reshape(-1).tolist()) if isinstance(timestep, Tensor) else {timestep}
+    if len(values) != 1:
+        raise IncompatibleModelError(
+            f"one call of the denoiser with {len(values)} timesteps: a plan has one width a layer and step"
+        )
+    return float(values.pop())
+
+
+def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
+    """Put a recipe on a diffusers pipeline, in place: every generation then follows its bits.
+
+    Args:
+        pipe: a pipeline with a `unet` and a `scheduler`, such as `StableDiffusionPipeline`.
+        recipe: the recipe, its file, or the name of a shipped one.
+
+    Returns:
+        The controller; leave its `with` block, or call `remove()`, to have the pipeline back.
+
+    Raises:
+        RecipeError: the recipe is wrong.
+        ArtefactError: a file it names is missing or damaged.
+        IncompatibleModelError: base, controller, ranges and pipeline do not belong together. The
+            pipeline is then as it was.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    denoiser = getattr(pipe, "unet", None)
+    if not isinstance(denoiser, nn.Module):
+        raise IncompatibleModelError(f"{type(pipe).__name__} has no UNet, which is the denoiser this version steers")
+    state = load_base_quantizer(recipe.base.adapter).load(recipe.base)
+    state.check_fits(denoiser)
+    state.check_same_weights(denoiser)
+    planner = make_planner(pipe, recipe, state)
+    try:
+        ranges = load_ranges(recipe.ranges, state)
+        _check_ranges(ranges, recipe, state, planner)
+        quantizers = load_backend(recipe.backend).install(denoiser, state, ranges)
+    except BaseException:
+        planner.remove()
+        raise
+    return BitController(pipe, state, quantizers, planner)
+
+
+def load_ranges(section: RangesSection | None, state: CalibratedState) -> Ranges:
+    """The ranges that a recipe asks for.
+
+    Raises:
+        ArtefactError: the table is missing or damaged.
+        IncompatibleModelError: it was fitted on another base.
+    """
+    if section is None or section.table is None:
+        return Ranges(keep_calibrated=section is not None)
+    ranges = Ranges.load(section.table)
+    if ranges.fingerprint != state.fingerprint:
+        raise IncompatibleModelError(
+            f"{section.table}: fitted on the base {ranges.fingerprint[:12]}..., this base is "
+            f"{state.fingerprint[:12]}...: fit ranges for this one (`qlip-plugins fit-ranges`)"
+        )
+    return ranges
+
+
+def make_planner(pipe: Any, recipe: Recipe, state: CalibratedState) -> Planner:
+    """The planner that a recipe's `controller:` section describes.
+
+    Raises:
+        ArtefactError: its file is missing or damaged.
+        IncompatibleModelError: it belongs to another base, or the base has nothing to control.
+    """
+    section = recipe.controller
+    known = {name: grid.bits for name, grid in state.activations.items()}
+    layers = controlled(known, attention=recipe.attention == "controlled")
+    if isinstance(section, StaticController):
+        if section.bits == "base":
+            return FixedPlanner(layers, known)
+        _check_something_to_control(layers, state)
+        return FixedPlanner(layers, dict.fromkeys(layers, section.bits))
+    _check_something_to_control(layers, state)
+    if isinstance(section, TableController):
+        return TablePlanner(BitPlan.load(section.plan), known)
+    return _prompt_planner(pipe, section, recipe, state, layers)
+
+
+def _prompt_planner(
+    pipe: Any, section: QlipController, recipe: Recipe, state: CalibratedState, layers: tuple[str, ...]
+) -> PromptPlanner:
+    text_to_bits = TextToBits.from_pretrained(section.path)
+    text_to_bits.check_made_for(state.fingerprint, recipe.activation_bits, layers)
+    if text_to_bits.config.pooling == "mean":
+        return PromptPlanner(text_to_bits, MeanOfStates())
+    encoder = getattr(pipe, "text_encoder", None)
+    if not isinstance(encoder, nn.Module):
+        raise IncompatibleModelError(
+            "the controller reads the text encoder's pooled state, and the pipeline has no text encoder"
+        )
+    return PromptPlanner(text_to_bits, EndOfTextState(encoder))
+
+
+def _check_something_to_control(layers: tuple[str, ...], state: CalibratedState) -> None:
+    if not layers:
+        raise IncompatibleModelError(
+            f"{state.source}: the base quantizes no activations, so there are no bits to control. Give a base with "
+            "activation quantizers, or `controller: {kind: static, bits: base}`"
+        )
+
+
+def _check_ranges(ranges: Ranges, recipe: Recipe, state: CalibratedState, planner: Planner) -> None:
+    """With a table given, a width that it lacks is an error now, not at some step of some prompt."""
+    if recipe.ranges is None or recipe.ranges.table is None:
+        return
+    for name in planner.layers:
+        needed = planner.widths - {FULL_PRECISION, state.activations[name].bits}
+        lacking = sorted(needed - set(ranges.fitted.get(name, {})))
+        if lacking:
+            raise IncompatibleModelError(
+                f"{recipe.ranges.table}: no range of {name} for {', '.join(map(str, lacking))} bits: fit ranges "
+                "for this menu (`qlip-plugins fit-ranges`)"
+            )

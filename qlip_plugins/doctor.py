@@ -1,0 +1,82 @@
+"""Which hosts and adapters are usable here, and why the others are not."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+from .adapter import GROUPS, installed
+
+# Distribution -> the oldest release the package supports (pyproject.toml's floors).
+_PACKAGES = {
+    "torch": "2.10",
+    "diffusers": "0.33.1",
+    "transformers": "4.57",
+    "accelerate": "1.0",
+    "safetensors": "0.5",
+}
+
+
+def diagnose() -> dict[str, Any]:
+    """Versions, adapters and the device, as plain data; `ok` is false when something cannot be used."""
+    packages = {name: _package(name, floor) for name, floor in _PACKAGES.items()}
+    adapters = {
+        group: {name: _adapter(entry) for name, entry in installed(group).items()} for group in GROUPS
+    }
+    found = [*packages.values(), *(state for group in adapters.values() for state in group.values())]
+    return {
+        "ok": all(item["usable"] for item in found),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "adapters": adapters,
+        "device": _device() if packages["torch"]["usable"] else "none: torch is not usable",
+    }
+
+
+def _package(name: str, floor: str) -> dict[str, Any]:
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return {"usable": False, "version": None, "why": "not installed: pip install 'qlip-plugins[diffusers]'"}
+    if _numbers(version) < _numbers(floor):
+        return {"usable": False, "version": version, "why": f"older than {floor}: pip install -U {name}"}
+    return {"usable": True, "version": version, "why": ""}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    release = version.split("+")[0].split(".")
+    return tuple(int(part) for part in release[:3] if part.isdigit())
+
+
+def _adapter(entry: metadata.EntryPoint) -> dict[str, Any]:
+    try:
+        entry.load()
+    except Exception as error:  # an outsider's adapter may fail in any way, and that is the answer
+        return {"usable": False, "from": entry.value, "why": f"{type(error).__name__}: {error}"}
+    return {"usable": True, "from": entry.value, "why": ""}
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda: {torch.cuda.get_device_name()}"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The diagnosis for people."""
+    lines = [f"python {found['python']} ({sys.executable}), {found['platform']}", f"device: {found['device']}"]
+    for name, state in found["packages"].items():
+        lines.append(f"  {_mark(state)} {name} {state['version'] or ''} {state['why']}".rstrip())
+    for group, adapters in found["adapters"].items():
+        lines.append(f"{group}: {'' if adapters else 'none installed'}".rstrip())
+        lines += [f"  {_mark(state)} {name} ({state['from']}) {state['why']}".rstrip() for name, state in adapters.items()]
+    return "\n".join(lines)
+
+
+def _mark(state: dict[str, Any]) -> str:
+    return "ok " if state["usable"] else "NOT"

@@ -1,0 +1,171 @@
+"""Where a prompt's embedding z comes from, and precomputed embeddings on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import ArtefactError, IncompatibleModelError, RecipeError
+from .files import written_whole
+from .grids import read_safetensors
+from .schema import nearest
+
+EMBEDDINGS_FORMAT = "qlip-plugins prompt embeddings"
+EMBEDDINGS_VERSION = 1
+
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """Text-encoder states computed beforehand.
+
+    Args:
+        prompts: n names; the empty one, if there, is the negative prompt.
+        states: `(n, T, D)`.
+    """
+
+    prompts: tuple[str, ...]
+    states: Tensor
+
+    def of(self, prompts: Sequence[str]) -> Tensor:
+        """The states `(P, T, D)` of some of the prompts.
+
+        Raises:
+            RecipeError: one is not among them.
+        """
+        rows = {name: row for row, name in enumerate(self.prompts)}
+        for prompt in prompts:
+            if prompt not in rows:
+                raise RecipeError(
+                    f"prompt {prompt!r} is not among the {len(rows)} precomputed ones{nearest(prompt, rows)} "
+                    f"(this model has no text encoder; known: {', '.join(map(repr, self.prompts[:4]))}, ...)"
+                )
+        return self.states[[rows[prompt] for prompt in prompts]]
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        header = {
+            "format": EMBEDDINGS_FORMAT,
+            "version": str(EMBEDDINGS_VERSION),
+            "prompts": json.dumps(self.prompts),
+        }
+        with written_whole(path) as temporary:
+            save_file({"states": self.states.contiguous()}, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: Path) -> PromptEmbeddings:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtefactError: missing, damaged, or of another kind.
+        """
+        tensors, header = read_safetensors(path, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION)
+        prompts, states = tuple(json.loads(header["prompts"])), tensors["states"]
+        if states.ndim != 3 or len(prompts) != states.shape[0] or not states.isfinite().all():
+            raise ArtefactError(f"{path}: {len(prompts)} prompts with states of shape {tuple(states.shape)}")
+        return cls(prompts, states)
+
+
+class EmbeddingSource(Protocol):
+    """Gives z of the prompts that a denoiser is about to be conditioned on."""
+
+    def embed(self, states: Tensor) -> Tensor:
+        """`(P, D)` of the conditional text states `(P, T, D)`."""
+        ...
+
+    def remove(self) -> None:
+        """Leave the pipeline as it was."""
+        ...
+
+
+class MeanOfStates:
+    """z is the mean over tokens of what the denoiser sees; needs no text encoder."""
+
+    def embed(self, states: Tensor) -> Tensor:
+        """See `EmbeddingSource.embed`."""
+        # One prompt at a time, so that the sum's order does not depend on the batch.
+        return torch.stack([row.double().mean(0) for row in states.detach().cpu()])
+
+    def remove(self) -> None:
+        """See `EmbeddingSource.remove`."""
+
+
+class EndOfTextState:
+    """z is CLIP's pooled state, which Stable Diffusion 1.x does not pass to its denoiser.
+
+    A hook on the text encoder remembers the pooled state of every prompt it encodes, encoded alone so
+    that it does not depend on the batch. The denoiser's conditioning is then recognised bit for bit:
+    states that this encoder did not just produce (`clip_skip`, embeddings made elsewhere) are refused
+    rather than judged by another prompt's z.
+    """
+
+    def __init__(self, text_encoder: torch.nn.Module) -> None:
+        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._encoding_alone = False
+        self._handle = text_encoder.register_forward_hook(self._remember, with_kwargs=True)
+
+    def embed(self, states: Tensor) -> Tensor:
+        """See `EmbeddingSource.embed`.
+
+        Raises:
+            IncompatibleModelError: the states are not the text encoder's.
+        """
+        found = [self._known.get(_digest(row)) for row in states]
+        if any(pooled is None for pooled in found):
+            raise IncompatibleModelError(
+                "the denoiser's text states are not those that the pipeline's text encoder gave since the recipe "
+                "was applied: `clip_skip`, `prompt_embeds` made elsewhere, or textual inversion changed them. "
+                "Pass the prompt as text, or use a controller with pooling 'mean'"
+            )
+        return torch.stack([pooled for pooled in found if pooled is not None])
+
+    def remove(self) -> None:
+        """See `EmbeddingSource.remove`."""
+        self._handle.remove()
+
+    def _remember(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._encoding_alone:
+            return
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise IncompatibleModelError(
+                f"{type(module).__name__} gives no pooled state; use a controller with pooling 'mean'"
+            )
+        alone = pooled if pooled.shape[0] == 1 else self._encode_alone(module, args, kwargs, pooled.shape[0])
+        for states, z in zip(output.last_hidden_state, alone, strict=True):
+            self._known[_digest(states)] = z.detach().cpu().double()
+            self._known.move_to_end(_digest(states))
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+
+    def _encode_alone(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], rows: int) -> Tensor:
+        def row(value: Any, index: int) -> Any:
+            batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+            return value[index : index + 1] if batched else value
+
+        self._encoding_alone = True
+        try:
+            with torch.no_grad():
+                outputs = [
+                    module(*(row(a, i) for a in args), **{k: row(v, i) for k, v in kwargs.items()})
+                    for i in range(rows)
+                ]
+        finally:
+            self._encoding_alone = False
+        return torch.cat([output.pooler_output for output in outputs])
+
+
+def _digest(states: Tensor) -> bytes:
+    # Bytes, not values: bfloat16 has no numpy type.
+    raw = states.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(raw).digest()

@@ -1,0 +1,191 @@
+"""Pictures from a recipe: what `qlip-plugins generate` and `fit-ranges` do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from .controller import BitController, apply
+from .embeddings import PromptEmbeddings
+from .errors import ArtefactError, HostError
+from .files import folder_written_whole
+from .fitting import fit_ranges
+from .grids import Ranges
+from .plan import BitPlan
+from .progress import wanted
+from .recipe import Recipe, StaticController
+
+REPORT_NAME = "report.json"
+_LATENT_SCALE = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample.
+
+    Args:
+        steps: inference steps.
+        guidance_scale: 1 or less turns guidance off.
+        seed: with the prompt and its number it gives each picture a noise of its own.
+    """
+
+    steps: int = 25
+    guidance_scale: float = 7.5
+    seed: int = 0
+
+
+def load_pipeline(recipe: Recipe) -> Any:
+    """The diffusers pipeline that a recipe names, on the CPU, in float32.
+
+    Raises:
+        ArtefactError: the folder is missing or holds no pipeline.
+        HostError: the named package is not installed.
+    """
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise HostError(f"diffusers cannot be imported ({error}): pip install 'qlip-plugins[diffusers]'") from None
+    _quieten()
+    source = recipe.model.pipeline
+    local = Path(source).is_dir()
+    if not local and Path(source).is_absolute():
+        raise ArtefactError(f"{source}: no such pipeline folder")
+    try:
+        # A pipeline with precomputed embeddings may come without an encoder or decoder.
+        absent = _absent_components(Path(source)) if local else {}
+        pipe = DiffusionPipeline.from_pretrained(str(source), local_files_only=local, **absent)
+    except (OSError, ValueError, EnvironmentError) as error:
+        raise ArtefactError(f"{source}: not a diffusers pipeline: {str(error).splitlines()[0]}") from None
+    pipe.set_progress_bar_config(disable=not wanted())
+    return pipe
+
+
+def _quieten() -> None:
+    """Keep the hosts' advice on packages that are not needed, and unwatched bars, off the terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not wanted():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
+
+def _absent_components(folder: Path) -> dict[str, None]:
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{folder}: no readable model_index.json: {error}") from None
+    return {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+
+
+def noise_seed(seed: int, prompt: str, number: int = 0) -> int:
+    """The noise seed of one picture, whatever else is in its batch or came before."""
+    digest = hashlib.sha256(f"{seed}\n{number}\n{prompt}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def sample(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Any:
+    """Run the pipeline; returns PIL images, or latents `(P, C, h, w)` where it has no decoder."""
+    call: dict[str, Any] = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "generator": [torch.Generator("cpu").manual_seed(noise_seed(settings.seed, p)) for p in prompts],
+        "output_type": "latent" if getattr(pipe, "vae", None) is None else "pil",
+    }
+    if recipe.model.prompt_embeddings is None:
+        call["prompt"] = list(prompts)
+    else:
+        table = PromptEmbeddings.load(recipe.model.prompt_embeddings)
+        call["prompt_embeds"] = table.of(prompts)
+        call["negative_prompt_embeds"] = table.of([""] * len(prompts))
+    return pipe(**call).images
+
+
+def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Path) -> dict[str, Any]:
+    """Write one picture and one drawn plan a prompt, the plan itself and the report, all or nothing.
+
+    Returns:
+        The report as it stands in `report.json`.
+    """
+    pipe = load_pipeline(recipe)
+    # The folder is checked before the work, so that a wrong one costs nothing.
+    with folder_written_whole(out, REPORT_NAME) as folder, apply(pipe, recipe) as controller:
+        images = sample(pipe, recipe, prompts, settings)
+        report = _report(recipe, prompts, settings, controller)
+        plan = controller.plan
+        assert plan is not None  # sampling has called the denoiser
+        for index, prompt in enumerate(prompts):
+            _picture(images[index], prompt, report).save(folder / f"{index:03d}.png")
+            _draw_plan(plan, index, prompt).save(folder / f"{index:03d}-bits.png")
+        plan.save(folder / "plan.safetensors")
+        (folder / "report.txt").write_text(f"{controller.report()}\n", encoding="utf-8")
+        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def fit_recipe_ranges(recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Ranges:
+    """Fit ranges for a recipe's menu while its base, at base width, generates `prompts`."""
+    pipe = load_pipeline(recipe)
+    at_base = recipe.model_copy(
+        update={"ranges": None, "controller": StaticController(kind="static", bits="base")}
+    )
+    with apply(pipe, at_base) as controller:
+        return fit_ranges(
+            controller.quantizers,
+            controller.state,
+            recipe.activation_bits.widths,
+            lambda: _discard(sample(pipe, recipe, prompts, settings)),
+            settings.seed,
+        )
+
+
+def _discard(images: Any) -> None:
+    """Calibration looks at activations, not at pictures."""
+
+
+def _report(recipe: Recipe, prompts: Sequence[str], settings: Settings, controller: BitController) -> dict[str, Any]:
+    report = controller.report().to_dict()
+    costs = report.pop("prompts")
+    return {
+        "format": "qlip-plugins generate",
+        "description": recipe.description,
+        "settings": asdict(settings),
+        "prompts": [{"prompt": prompt, **cost} for prompt, cost in zip(prompts, costs, strict=True)],
+        **report,
+    }
+
+
+def _picture(image: Any, prompt: str, report: dict[str, Any]) -> Image.Image:
+    return image if isinstance(image, Image.Image) else draw_latent(image, f"{prompt}: latent, 4 channels, no decoder")
+
+
+def draw_latent(latent: Tensor, title: str) -> Image.Image:
+    """A latent `(C, h, w)` as grey tiles, each channel from its least to its greatest value."""
+    title_height = 16
+    tiles = []
+    for channel in latent.float().cpu():
+        low, high = channel.min(), channel.max()
+        grey = ((channel - low) / (high - low).clamp(min=1e-12) * 255).round().byte().numpy()
+        tiles.append(np.kron(grey, np.ones((_LATENT_SCALE, _LATENT_SCALE), dtype=np.uint8)))
+    gap = np.full((tiles[0].shape[0], 4), 255, dtype=np.uint8)
+    row = np.concatenate([piece for tile in tiles for piece in (tile, gap)][:-1], axis=1)
+    picture = Image.new("L", (row.shape[1], row.shape[0] + title_height), 255)
+    picture.paste(Image.fromarray(row), (0, title_height))
+    ImageDraw.Draw(picture).text((2, 2), title, fill=0)
+    return picture
+
+
+def _draw_plan(plan: BitPlan, index: int, prompt: str) -> Image.Image:
+    quality = "" if plan.quality is None else f", predicted quality {plan.quality[index]:.3f}"
+    shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+    return plan.draw(index, f"{shown}: FAB {plan.fab()[index]:.2f}{quality}")

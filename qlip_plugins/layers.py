@@ -1,0 +1,63 @@
+"""Kinds of a denoiser's layers, and which of them the controller steers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from .state import OPERANDS, SPLIT_SUFFIX
+
+OPERAND_KIND = "attention_operand"
+
+# The first match in a module path decides; names are those of diffusers' denoisers.
+_KINDS = (
+    ("conv_in", "conv_in"),
+    ("conv_out", "conv_out"),
+    ("time_emb", "time_embedding"),
+    ("add_embedding", "time_embedding"),
+    ("class_embedding", "time_embedding"),
+    ("conv_shortcut", "shortcut"),
+    ("downsamplers", "downsample"),
+    ("upsamplers", "upsample"),
+    ("attn", "attention_projection"),
+    ("ff.", "feed_forward"),
+    ("proj_in", "transformer_projection"),
+    ("proj_out", "transformer_projection"),
+    ("conv1", "resnet"),
+    ("conv2", "resnet"),
+)
+
+UNCONTROLLED = ("conv_in", "conv_out", "time_embedding", "shortcut", "downsample")
+"""Kinds that keep their base width (our choice; the paper does not name K).
+
+The paper's BitOPs come out only with shortcuts and downsamplers left at 32 bits (method.md 6); the
+first, last and time layers are few, and sensitive by common experience.
+"""
+
+
+def kind_of(name: str) -> str:
+    """The kind of a layer or operand by its name: `resnet`, `feed_forward`, `attention_operand`, ..."""
+    if name.rpartition(".")[2] in OPERANDS:
+        return OPERAND_KIND
+    return next((kind for part, kind in _KINDS if part in name), "other")
+
+
+def controlled(names: Iterable[str], attention: bool) -> tuple[str, ...]:
+    """K, the quantizers whose width the plan sets.
+
+    Args:
+        names: every activation quantizer of the base.
+        attention: whether the operands of the attention products belong to K.
+    """
+    left = UNCONTROLLED if attention else (*UNCONTROLLED, OPERAND_KIND)
+    return tuple(name for name in names if kind_of(name) not in left)
+
+
+def count_by_kind(names: Iterable[str]) -> dict[str, int]:
+    """How many of each kind, most frequent first."""
+    return dict(Counter(kind_of(name) for name in names).most_common())
+
+
+def layer_of(name: str) -> str:
+    """The layer that a quantizer belongs to: the second part of a split input has its first part's."""
+    return name.removesuffix(SPLIT_SUFFIX)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Q2B(nn.Module):
+    """Quality to bits (method.md 3): a three-way choice for each layer and group of steps.
+
+    Starts neutral: p_m = p_h = 1/2, which gives the medium width everywhere.
+
+    Args:
+        layers: K, the number of controlled quantizers.
+        steps: T, the steps of the schedule it is made for.
+        group: M, consecutive steps that share one set of parameters.
+        early: m, first steps with p_q = 1, which rules the low width out.
+        train_timesteps: length of the noise schedule; T steps divide it evenly.
+    """
+
+    def __init__(self, layers: int, steps: int, group: int = 1, early: int = 0, train_timesteps: int = 1000) -> None:
+        super().__init__()
+        if not (layers >= 1 and 1 <= group <= steps <= train_timesteps and 0 <= early <= steps):
+            raise ValueError(
+                f"need layers >= 1, 1 <= group <= steps <= train_timesteps and 0 <= early <= steps, found "
+                f"layers={layers}, steps={steps}, group={group}, early={early}, train_timesteps={train_timesteps}"
+            )
+        self.steps, self.group, self.early, self.train_timesteps = steps, group, early, train_timesteps
+        groups = -(-steps // group)
+        self.slope = nn.Parameter(torch.zeros(layers))
+        self.offset = nn.Parameter(torch.zeros(layers))
+        self.medium_logit = nn.Parameter(torch.zeros(groups, layers))
+        self.high_logit = nn.Parameter(torch.zeros(groups, layers))
+
+    def step_of(self, timestep: float) -> int:
+        """Which of the T steps a scheduler's timestep falls into, whatever that scheduler's own count.
+
+        The noise schedule is cut into T even stretches, so leading, trailing and linear spacing all
+        give step i its own stretch i when the scheduler runs T steps.
+        """
+        done = (self.train_timesteps - 1 - timestep) / self.train_timesteps
+        return min(self.steps - 1, max(0, int(done * self.steps)))
+
+    def forward(self, quality: Tensor, timesteps: tuple[float, ...]) -> Tensor:
+        """Probabilities of low, medium and high, `(N, S, K, 3)`, summing to 1.
+
+        Args:
+            quality: `(N,)`.
+            timesteps: S timesteps of the scheduler.
+        """
+        steps = torch.tensor([self.step_of(t) for t in timesteps], device=quality.device)
+        groups = steps // self.group
+        p_q = torch.sigmoid((quality[:, None] - 0.5) * self.slope + self.offset)[:, None, :]
+        p_q = torch.where((steps < self.early)[None, :, None], torch.ones_like(p_q), p_q)
+        p_m = torch.sigmoid(self.medium_logit)[groups]
+        p_h = torch.sigmoid(self.high_logit)[groups]
+        low = (1 - p_q) * (1 - p_m)
+        medium = (1 - p_q) * p_m + p_q * (1 - p_h)
+        high = p_q * p_h
+        return torch.stack([low, medium, high], dim=-1)
+
+
+def choose(probabilities: Tensor) -> Tensor:
+    """Index 0, 1 or 2 of the likeliest width; medium wins a tie with either end, high one with low.
+
+    Args:
+        probabilities: `(..., 3)`.
+    """
+    low, medium, high = probabilities.unbind(-1)
+    is_high = (high > medium) & (high >= low)
+    is_low = (low > medium) & (low > high)
+    return torch.where(is_high, 2, torch.where(is_low, 0, 1))

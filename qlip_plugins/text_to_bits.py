@@ -1,0 +1,155 @@
+"""T2Q and Q2B together: a prompt's embedding in, a bit plan out; a folder on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .checkpoint import check_finite
+from .errors import ArtefactError, IncompatibleModelError
+from .files import folder_written_whole
+from .plan import BitPlan
+from .q2b import Q2B, choose
+from .recipe import ActivationBits
+from .schema import StrictModel
+from .t2q import T2Q
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+Pooling = Literal["eos", "mean"]
+
+
+class TextToBitsConfig(StrictModel):
+    """What a controller is made for, and of which sizes.
+
+    Args:
+        embedding_dim: D, the length of z.
+        pooling: how z comes from the text encoder's states: the end-of-text token's, as CLIP pools, or
+            the mean over tokens.
+        hidden: width of T2Q's inner layers.
+        menu: the widths it chooses from.
+        layers: the K quantizers it steers, in the order of its parameters.
+        steps: T.
+        group: M.
+        early: m.
+        train_timesteps: length of the noise schedule.
+        base_fingerprint: of the base it was made on.
+        origin: how it came to be, in words: trained (on what), or set by hand.
+    """
+
+    format: Literal["qlip-plugins controller"] = "qlip-plugins controller"
+    version: Literal[1] = 1
+    embedding_dim: int = Field(ge=1)
+    pooling: Pooling
+    hidden: int = Field(default=256, ge=1)
+    menu: ActivationBits
+    layers: tuple[str, ...] = Field(strict=False, min_length=1)
+    steps: int
+    group: int = 1
+    early: int = 0
+    train_timesteps: int = 1000
+    base_fingerprint: str
+    origin: str
+
+
+class TextToBits(nn.Module):
+    """The trained part of QLIP: z -> quality -> bits."""
+
+    def __init__(self, config: TextToBitsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.t2q = T2Q(config.embedding_dim, config.hidden)
+        self.q2b = Q2B(len(config.layers), config.steps, config.group, config.early, config.train_timesteps)
+
+    def forward(self, embedding: Tensor, timesteps: tuple[float, ...]) -> Tensor:
+        """Probabilities of low, medium and high, `(N, S, K, 3)`, of `(N, D)` embeddings."""
+        probabilities: Tensor = self.q2b(self.t2q(embedding), timesteps)
+        return probabilities
+
+    @torch.no_grad()
+    def plan(self, embeddings: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
+        """The plan of `(P, D)` embeddings at S timesteps.
+
+        Every prompt is decided alone, in float64 on the CPU, and its quality rounded to six decimals:
+        the decision depends neither on the batch around it nor on the order of a sum.
+        """
+        exact = TextToBits(self.config).double()
+        exact.load_state_dict(self.state_dict())
+        rows, qualities = [], []
+        menu = torch.tensor(self.config.menu.widths, dtype=torch.uint8)
+        for embedding in embeddings.detach().cpu().double():
+            quality = exact.t2q(embedding[None]).mul(1e6).round().div(1e6)
+            qualities.append(float(quality))
+            rows.append(menu[choose(exact.q2b(quality, timesteps)[0])])
+        return BitPlan(torch.stack(rows), timesteps, self.config.layers, tuple(qualities))
+
+    def check_made_for(self, fingerprint: str, menu: ActivationBits, layers: tuple[str, ...]) -> None:
+        """Check that this controller belongs to a base, a menu and a controlled set.
+
+        Raises:
+            IncompatibleModelError: it belongs to another; says which part differs.
+        """
+        ours = self.config
+        if ours.base_fingerprint != fingerprint:
+            raise IncompatibleModelError(
+                f"the controller was made on the base {ours.base_fingerprint[:12]}..., this base is "
+                f"{fingerprint[:12]}...: other weights, bits or calibration. Train one for this base"
+            )
+        if ours.menu != menu:
+            raise IncompatibleModelError(
+                f"the controller was made for the widths {ours.menu.widths}, the recipe says {menu.widths}"
+            )
+        if ours.layers != layers:
+            odd = sorted(set(ours.layers) ^ set(layers))
+            raise IncompatibleModelError(
+                f"the controller steers {len(ours.layers)} quantizers, the recipe {len(layers)} "
+                f"(differing: {', '.join(odd[:3]) or 'their order'}): was `attention:` changed?"
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, both or neither."""
+        with folder_written_whole(Path(folder), CONFIG_NAME) as temporary:
+            (temporary / CONFIG_NAME).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary / WEIGHTS_NAME)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            ArtefactError: missing, damaged, not a controller, or newer than this package.
+        """
+        folder = Path(folder)
+        model = cls(_read_config(folder / CONFIG_NAME))
+        weights = folder / WEIGHTS_NAME
+        try:
+            tensors: dict[str, Tensor] = load_file(weights)
+            model.load_state_dict(tensors)
+        except (SafetensorError, OSError) as error:
+            raise ArtefactError(f"{weights}: missing or damaged: {error}") from None
+        except RuntimeError as error:
+            raise ArtefactError(f"{weights}: does not fit {CONFIG_NAME}: {error}") from None
+        check_finite(weights, tensors)
+        return model.eval()
+
+
+def _read_config(path: Path) -> TextToBitsConfig:
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        return TextToBitsConfig.model_validate(data)
+    except OSError as error:
+        raise ArtefactError(f"{path}: {error.strerror}, expected a controller's {CONFIG_NAME}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtefactError(f"{path}: not a controller: {where}: {first['msg']}") from None
+    except ValueError as error:
+        raise ArtefactError(f"{path}: not JSON: {error}") from None

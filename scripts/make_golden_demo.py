@@ -1,0 +1,112 @@
+"""Make the golden demo that ships in recipes/qlip_recipes/golden_w4a8.
+
+From the golden files that the tests read (a tiny UNet, its Q-Diffusion W4A8 checkpoint and its text
+table) it makes an ordinary diffusers pipeline without text encoder and decoder, the table as prompt
+embeddings, ranges fitted on prompts that the README does not use, and a hand-set controller.
+
+    python scripts/make_golden_demo.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from qlip_plugins.embeddings import PromptEmbeddings
+from qlip_plugins.generation import Settings, fit_recipe_ranges
+from qlip_plugins.layers import controlled
+from qlip_plugins.recipe import ActivationBits, Recipe
+from qlip_plugins.state import CalibratedState
+from qlip_plugins.text_to_bits import TextToBits, TextToBitsConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qlip_plugins import load_base_quantizer
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+LIBRARY = ROOT / "recipes" / "qlip_recipes"
+FOLDER = LIBRARY / "golden_w4a8"
+RECIPE = LIBRARY / "golden-w4a8.yaml"
+EMPTY_ROW = 64
+STEPS = 10
+MENU = ActivationBits(low=8, medium=16, high=32)
+
+
+def main() -> None:
+    """Make every file of the demo."""
+    FOLDER.mkdir(exist_ok=True)
+    for name in ("ckpt.pth", "sampling_config.yaml"):
+        shutil.copyfile(GOLDEN / "qdiffusion" / "w4a8" / name, FOLDER / name)
+    _pipeline().save_pretrained(FOLDER / "pipeline")
+    prompts = tuple(f"row {row}" for row in range(EMPTY_ROW)) + ("",)
+    table = PromptEmbeddings(prompts, load_file(GOLDEN / "model_v" / "text_table.safetensors")["table"])
+    table.save(FOLDER / "prompt_embeddings.safetensors")
+    recipe = Recipe.from_yaml(RECIPE)
+    state = load_base_quantizer("qdiffusion").load(recipe.base)
+    calibration = [f"row {row}" for row in range(32, 48)]
+    fit_recipe_ranges(recipe, calibration, Settings(steps=STEPS, guidance_scale=3.0)).save(
+        FOLDER / "ranges.safetensors"
+    )
+    _controller(state, table.states[:EMPTY_ROW].double().mean(1)).save_pretrained(FOLDER / "controller")
+
+
+def _pipeline() -> Any:
+    model = json.loads((GOLDEN / "model_v" / "diffusers_map.json").read_text())
+    weights = load_file(GOLDEN / "model_v" / "float_unet.safetensors")
+    unet = UNet2DConditionModel(**model["unet_config"])
+    unet.load_state_dict({model["parameter_map"][name]: tensor for name, tensor in weights.items()})
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        set_alpha_to_one=False,
+    )
+    absent = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    return StableDiffusionPipeline(
+        unet=unet, scheduler=scheduler, requires_safety_checker=False, **dict.fromkeys(absent)
+    )
+
+
+def _controller(state: CalibratedState, embeddings: Tensor) -> TextToBits:
+    """A controller set by hand, to show the mechanism; nothing here was learnt from pictures.
+
+    Quality: a fixed random direction of the embedding, scaled so that the 64 rows of the table spread
+    over 0..1. Bits: wider for higher quality, for early steps, and in the middle of the UNet.
+    """
+    layers = controlled(state.activations, attention=False)
+    config = TextToBitsConfig(
+        embedding_dim=embeddings.shape[1],
+        pooling="mean",
+        hidden=16,
+        menu=MENU,
+        layers=layers,
+        steps=STEPS,
+        group=2,
+        early=2,
+        base_fingerprint=state.fingerprint,
+        origin="set by hand to show the mechanism; not trained (scripts/make_golden_demo.py)",
+    )
+    torch.manual_seed(0)
+    model = TextToBits(config)
+    with torch.no_grad():
+        last: Any = model.t2q.layers[-1]
+        raw = model.t2q(embeddings.float())
+        last.weight.div_(raw.max() - raw.min())
+        last.bias.sub_(raw.min()).div_(raw.max() - raw.min())
+        depth = torch.linspace(-1, 1, len(layers)).abs()
+        time = torch.linspace(1, -1, model.q2b.medium_logit.shape[0])[:, None]
+        model.q2b.slope.fill_(6.0)
+        model.q2b.medium_logit.copy_(time * 0.8 - depth + 0.3)
+        model.q2b.high_logit.copy_(time * 0.8 - depth)
+    return model
+
+
+if __name__ == "__main__":
+    main()
