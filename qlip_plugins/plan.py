@@ -164,8 +164,8 @@ class _Drawing:
 
 
 def _colours(bits: np.ndarray) -> np.ndarray:
-    """Widths `(R, C)` as RGB `(R, C, 3)`: pale yellow for few bits to dark blue for 32."""
-    stops = np.array([[253, 231, 160], [94, 190, 170], [46, 98, 160], [35, 25, 80]], dtype=np.float64)
+    """Widths `(R, C)` as RGB `(R, C, 3)`: pale yellow for few bits to dark violet for 32."""
+    stops = np.array([[254, 240, 180], [250, 190, 90], [214, 80, 90], [60, 20, 80]], dtype=np.float64)
     # By the logarithm, so that 8, 16 and 32 are as far apart as they are in cost ratios.
     position = (np.log2(bits.astype(np.float64)) - 1) / 4 * (len(stops) - 1)
     below = np.clip(position.astype(int), 0, len(stops) - 2)

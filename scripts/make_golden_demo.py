@@ -102,9 +102,10 @@ def _controller(state: CalibratedState, embeddings: Tensor) -> TextToBits:
         last.bias.sub_(raw.min()).div_(raw.max() - raw.min())
         depth = torch.linspace(-1, 1, len(layers)).abs()
         time = torch.linspace(1, -1, model.q2b.medium_logit.shape[0])[:, None]
-        model.q2b.slope.fill_(6.0)
-        model.q2b.medium_logit.copy_(time * 0.8 - depth + 0.3)
-        model.q2b.high_logit.copy_(time * 0.8 - depth)
+        model.q2b.slope.fill_(8.0)
+        model.q2b.offset.fill_(-1.0)
+        model.q2b.medium_logit.copy_(time * 1.2 - depth * 1.5)
+        model.q2b.high_logit.copy_(time * 1.2 - depth * 1.5 - 0.3)
     return model
 
 

@@ -1,0 +1,90 @@
+"""Every installed adapter keeps the contract; ours are its first users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from qlip_plugins.adapter import BACKENDS, BASE_QUANTIZERS, installed
+from qlip_plugins.contract import (
+    BACKEND_CHECKS,
+    BASE_QUANTIZER_CHECKS,
+    BackendCase,
+    BackendCheck,
+    BaseQuantizerCase,
+    BaseQuantizerCheck,
+)
+from qlip_plugins.fitting import fit_ranges
+from qlip_plugins.grids import Ranges
+from qlip_plugins.state import CalibratedState
+
+from qlip_plugins import load_backend, load_base_quantizer
+
+from .conftest import GoldenModel
+
+OPTIONS = {"qdiffusion": {"weight_bits": 4, "activation_bits": 8, "softmax_bits": 16}}
+CHECKPOINTS = {"qdiffusion": "qdiffusion/w4a8/ckpt.pth"}
+
+
+@pytest.fixture(scope="module")
+def fitted(model: GoldenModel, states: dict[str, CalibratedState]) -> dict[str, Ranges]:
+    """Ranges for 4, 8 and 16 bits of both bases, fitted on the recorded inputs."""
+    found = {}
+    for case in ("w4a8", "w4a16"):
+        unet = model.unet()
+        quantizers = load_backend("torch").install(unet, states[case])
+
+        def run(unet: torch.nn.Module = unet) -> None:
+            with torch.no_grad():
+                for index in range(6):
+                    unet(**model.call(index))
+
+        found[case] = fit_ranges(quantizers, states[case], (4, 8, 16), run)
+        quantizers.remove()
+    return found
+
+
+@pytest.mark.parametrize("base", ["w4a8", "w4a16"])
+@pytest.mark.parametrize("check", BACKEND_CHECKS.values(), ids=list(BACKEND_CHECKS))
+@pytest.mark.parametrize("name", installed(BACKENDS))
+def test_backend(
+    name: str,
+    check: BackendCheck,
+    base: str,
+    model: GoldenModel,
+    states: dict[str, CalibratedState],
+    fitted: dict[str, Ranges],
+) -> None:
+    check(
+        BackendCase(
+            backend=load_backend(name),
+            make_denoiser=model.unet,
+            state=states[base],
+            inputs=model.call(5),
+            ranges=fitted[base],
+            widths=(4, 8, 32),
+        )
+    )
+
+
+@pytest.mark.parametrize("check", BASE_QUANTIZER_CHECKS.values(), ids=list(BASE_QUANTIZER_CHECKS))
+@pytest.mark.parametrize("name", sorted(set(installed(BASE_QUANTIZERS)) & set(OPTIONS)))
+def test_base_quantizer(name: str, check: BaseQuantizerCheck, model: GoldenModel, tmp_path: Path) -> None:
+    checkpoint = model.folder / CHECKPOINTS[name]
+    foreign = tmp_path / "foreign.pth"
+    torch.save({"conv.weight": torch.zeros(2, 2)}, foreign)
+    check(
+        BaseQuantizerCase(
+            name=name,
+            adapter=load_base_quantizer(name),
+            options={"checkpoint": checkpoint, **OPTIONS[name]},
+            checkpoint=checkpoint,
+            foreign=foreign,
+        )
+    )
+
+
+def test_every_base_quantizer_of_ours_has_a_case() -> None:
+    ours = {name for name, entry in installed(BASE_QUANTIZERS).items() if entry.value.startswith("qlip_")}
+    assert ours - {"outside"} == set(OPTIONS)
