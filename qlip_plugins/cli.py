@@ -143,7 +143,9 @@ def _inspect(options: argparse.Namespace) -> int:
     unknown = [f"{name} is in neither the file nor a record beside it: set it in the recipe" for name in found.unknown]
     shown = [f"{key}: {value}" for key, value in facts.items()]
     shown += [f"note: {note}" for note in (*found.notes, *unknown)]
-    text = "\n".join(shown) + "\n\n# a recipe that loads it; name your pipeline in `model:`\n" + recipe.rstrip()
+    hint = "once the notes' options are set in `base:`" if found.unknown else "as it is"
+    head = f"# a recipe that loads it {hint}; name your pipeline in `model:`"
+    text = "\n".join([*shown, "", head, recipe.rstrip()])
     _print({**asdict(found), "recipe": recipe}, text, options.json)
     return 0
 

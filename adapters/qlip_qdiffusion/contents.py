@@ -154,7 +154,7 @@ def _take_module(contents: Contents, module: str, found: dict[str, Tensor]) -> N
         _check_shapes(contents, module, weights)
     if inputs:
         contents.inputs[module] = inputs
-    if inputs and len(inputs) != len(weights):
+    if inputs and weights and len(inputs) != len(weights):
         raise ArtefactError(
             f"{contents.path}: {PREFIX}{module} has {len(weights)} weight but {len(inputs)} activation quantizers"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlip_plugins.adapter import Inspection
 
-from .contents import NotQDiffusion, read_contents
+from .contents import Contents, NotQDiffusion, read_contents
 from .options import RECORD, possible_weight_bits, read_record
 from .reader import FORMAT, map_names
 
@@ -22,20 +22,16 @@ def inspect(path: Path) -> Inspection | None:
     record = read_record(path.parent / RECORD)
     possible = possible_weight_bits(contents)
     weight_bits = possible[0] if possible else None
-    base: dict[str, Any] = {"adapter": FORMAT, "checkpoint": str(path)}
-    base["weight_bits"] = record.get("weight_bit", weight_bits)
-    base["activation_bits"] = record.get("act_bit") if contents.has_activations else None
-    if contents.has_activations:
-        base["softmax_bits"] = record.get("sm_abit")
-        all_zero = all(float(act.zero_point) == 0 for acts in contents.inputs.values() for act in acts)
-        base["symmetric"] = record.get("a_sym", None if all_zero else False)
-    unknown = tuple(
-        key for key, value in base.items() if value is None and (key != "activation_bits" or contents.has_activations)
-    )
+    told = _told(contents, record, weight_bits)
+    unknown = tuple(option for option, value in told.items() if value is None)
+    base: dict[str, Any] = {"adapter": FORMAT, "checkpoint": str(path.resolve())}
+    base |= {option: value for option, value in told.items() if value is not None}
+    if not contents.has_activations:
+        base["activation_bits"] = None
     return Inspection(
         format=FORMAT,
         weight_bits=weight_bits,
-        activation_bits=base["activation_bits"],
+        activation_bits=told.get("activation_bits"),
         has_activations=contents.has_activations,
         quantized_layers=len(contents.weights),
         split_layers=len(contents.split_layers),
@@ -52,6 +48,17 @@ def inspect(path: Path) -> Inspection | None:
             "layers": [names[module] for module in contents.weights],
         },
     )
+
+
+def _told(contents: Contents, record: dict[str, Any], weight_bits: int | None) -> dict[str, Any]:
+    """The options that matter for a file, as far as its record and its tensors tell; None where not."""
+    told: dict[str, Any] = {"weight_bits": record.get("weight_bit", weight_bits)}
+    if contents.has_activations:
+        all_zero = all(float(act.zero_point) == 0 for acts in contents.inputs.values() for act in acts)
+        told["activation_bits"] = record.get("act_bit")
+        told["softmax_bits"] = record.get("sm_abit")
+        told["symmetric"] = record.get("a_sym", None if all_zero else False)
+    return told
 
 
 def _notes(record: dict[str, Any], possible: list[int] | None) -> tuple[str, ...]:

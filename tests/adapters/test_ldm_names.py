@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from qlip_plugins.checkpoint import read_state_dict
+from qlip_qdiffusion.contents import Contents, read_contents
+from qlip_qdiffusion.ldm_names import LayoutError, diffusers_names
+from qlip_qdiffusion.options import Options
+from qlip_qdiffusion.reader import build_state, map_names
+
+from .conftest import GoldenModel
+
+
+def test_golden_model(model: GoldenModel) -> None:
+    with_parameters = {name.rpartition(".")[0] for name in model.parameters}
+    expected = {ldm: name for ldm, name in model.modules.items() if ldm in with_parameters}
+    assert diffusers_names(with_parameters) == expected
+
+
+SD_V1 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+def test_sd_v1_file_maps_without_a_leftover(golden: Path, tmp_path: Path) -> None:
+    """The 2,412 keys of an SD v1 file, read as a file, on diffusers' SD v1 UNet without data."""
+    expected = json.loads((golden / "sd_v1_expected_keys.json").read_text())
+    assert len(expected["keys"]) == 2412
+    path = tmp_path / "ckpt.pth"
+    # One stored value a tensor: the shapes are true, the file is small.
+    torch.save({name: torch.ones(()).expand(shape) for name, shape in expected["keys"].items()}, path)
+    contents = read_contents(path)
+    assert len(contents.weights) == expected["quant_modules"] == 282
+    assert {n.removesuffix(".0.skip_connection"): sizes(contents, n) for n in contents.split_layers} == expected[
+        "splits"
+    ]
+    state = build_state(on_meta(contents), map_names(contents), Options(4, 8, 16, symmetric=False))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_V1)
+    state.check_fits(unet)
+    assert set(state.float_parameters) == {name for name, _ in unet.named_parameters()}
+    assert len(state.activations) == 844 // 2
+    assert len(read_state_dict(path)) == 2412
+
+
+def sizes(contents: Contents, name: str) -> dict[str, int]:
+    h, skip = (part.alpha.shape[1] for part in contents.weights[name])
+    return {"h": h, "skip": skip}
+
+
+def on_meta(contents: Contents) -> Contents:
+    """The same shapes without data: codes of 860 million weights need no computing here."""
+    contents.floats = {name: tensor.to("meta") for name, tensor in contents.floats.items()}
+    for parts in contents.weights.values():
+        for index, part in enumerate(parts):
+            moved = {key: getattr(part, key).to("meta") for key in ("alpha", "delta", "zero_point")}
+            parts[index] = type(part)(**moved)
+    return contents
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one level": {"down": ["CrossAttnDownBlock2D"], "up": ["CrossAttnUpBlock2D"], "layers": 2},
+    "attention deep only": {"down": ["DownBlock2D", "CrossAttnDownBlock2D"], "up": ["CrossAttnUpBlock2D", "UpBlock2D"]},
+    "no attention but mid": {"down": ["DownBlock2D"] * 3, "up": ["UpBlock2D"] * 3, "layers": 3},
+    "four levels": {"down": ["CrossAttnDownBlock2D"] * 4, "up": ["CrossAttnUpBlock2D"] * 4, "layers": 2},
+    "deep transformers": {"down": ["CrossAttnDownBlock2D"] * 2, "up": ["CrossAttnUpBlock2D"] * 2, "depth": 3},
+    "blocks differ by level": {"down": ["DownBlock2D"] * 2, "up": ["UpBlock2D"] * 2, "layers": [1, 3]},
+    "residual resampling": {"down": ["ResnetDownsampleBlock2D"] * 3, "up": ["ResnetUpsampleBlock2D"] * 3},
+}
+
+_TO_LDM_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_TO_LDM_TOP = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def ldm_layout(unet: Any) -> dict[str, str]:
+    """LDM's name of every module, built from the blocks' objects: an inverse written on its own."""
+    homes: dict[str, str] = {}
+    number = 1
+    for level, block in enumerate(unet.down_blocks):
+        for index in range(len(block.resnets)):
+            homes[f"down_blocks.{level}.resnets.{index}"] = f"input_blocks.{number}.0"
+            homes[f"down_blocks.{level}.attentions.{index}"] = f"input_blocks.{number}.1"
+            number += 1
+        homes[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{number}.0"
+        number += bool(block.downsamplers)
+    homes |= {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}
+    homes["mid_block.resnets.1"] = "middle_block.2"
+    number = 0
+    for level, block in enumerate(unet.up_blocks):
+        attended = bool(getattr(block, "attentions", None))
+        for index in range(len(block.resnets)):
+            homes[f"up_blocks.{level}.resnets.{index}"] = f"output_blocks.{number}.0"
+            homes[f"up_blocks.{level}.attentions.{index}"] = f"output_blocks.{number}.1"
+            number += 1
+        homes[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{number - 1}.{2 if attended else 1}"
+    return {path: ldm_name(path, homes) for path in {n.rpartition(".")[0] for n, _ in unet.named_parameters()}}
+
+
+def ldm_name(path: str, homes: dict[str, str]) -> str:
+    if path in _TO_LDM_TOP:
+        return _TO_LDM_TOP[path]
+    home = next(home for home in homes if path.startswith(f"{home}."))
+    inner = path.removeprefix(f"{home}.")
+    inner = "op" if inner == "conv" and "downsamplers" in home else _TO_LDM_RESNET.get(inner, inner)
+    return f"{homes[home]}.{inner}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_other_layouts(layout: dict[str, Any]) -> None:
+    levels = len(layout["down"])
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            down_block_types=layout["down"],
+            up_block_types=layout["up"],
+            block_out_channels=[8 * (level + 1) for level in range(levels)],
+            layers_per_block=layout.get("layers", 1),
+            transformer_layers_per_block=layout.get("depth", 1),
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+    expected = {ldm: name for name, ldm in ldm_layout(unet).items()}
+    assert diffusers_names(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda n: n.replace("input_blocks.2.0.op", "input_blocks.2.0.pool"), "not part of LDM"),
+        (lambda n: n.replace("middle_block.0", "middle_block.7.0"), "not part of LDM"),
+        (lambda n: n.replace("proj_in", "qkv"), "AttentionBlock"),
+        (lambda n: "" if n == "input_blocks.2.0.op" else n, "conv_resample"),
+        (lambda n: "" if n.startswith("output_blocks.1.") else n, "no parameters in block 1"),
+        (lambda n: "" if n.startswith("middle_block.2") else n, "two residual blocks"),
+        (lambda n: "" if n.startswith("output_blocks.1.1.conv") else n, "should start with a residual block"),
+    ],
+)
+def test_other_names_are_refused(model: GoldenModel, change: Any, message: str) -> None:
+    modules = {name.rpartition(".")[0] for name in model.parameters}
+    with pytest.raises(LayoutError, match=message):
+        diffusers_names({changed for name in modules if (changed := change(name))})
