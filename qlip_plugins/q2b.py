@@ -37,8 +37,8 @@ class Q2B(nn.Module):
         The noise schedule is cut into T even stretches, so leading, trailing and linear spacing all
         give step i its own stretch i when the scheduler runs T steps.
         """
-        done = (self.train_timesteps - 1 - timestep) / self.train_timesteps
-        return min(self.steps - 1, max(0, int(done * self.steps)))
+        step = (self.train_timesteps - 1 - timestep) * self.steps / self.train_timesteps
+        return min(self.steps - 1, max(0, int(step)))
 
     def forward(self, quality: Tensor, timesteps: tuple[float, ...]) -> Tensor:
         """Probabilities of low, medium and high, `(N, S, K, 3)`, summing to 1.

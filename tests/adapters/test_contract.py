@@ -21,7 +21,7 @@ from qlip_plugins.state import CalibratedState
 
 from qlip_plugins import load_backend, load_base_quantizer
 
-from .conftest import GoldenModel
+from golden_model import GoldenModel
 
 OPTIONS = {"qdiffusion": {"weight_bits": 4, "activation_bits": 8, "softmax_bits": 16}}
 CHECKPOINTS = {"qdiffusion": "qdiffusion/w4a8/ckpt.pth"}

@@ -13,7 +13,7 @@ from qlip_qdiffusion.ldm_names import LayoutError, diffusers_names
 from qlip_qdiffusion.options import Options
 from qlip_qdiffusion.reader import build_state, map_names
 
-from .conftest import GoldenModel
+from golden_model import GoldenModel
 
 
 def test_golden_model(model: GoldenModel) -> None:

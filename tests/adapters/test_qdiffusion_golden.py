@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlip_plugins import load_backend, load_base_quantizer
 
-from .conftest import CASES, GoldenModel
+from golden_model import CASES, GoldenModel
 
 OUTPUT_TOLERANCE = {"w4": 1e-5, "w4a16": 1e-3, "w4a8": 5e-2, "w8a8": 5e-2}
 LAYER_TOLERANCE = 1e-5

@@ -14,7 +14,7 @@ import torch
 from qlip_plugins.cli import main
 from torch import Tensor
 
-from .conftest import GoldenModel
+from golden_model import GoldenModel
 
 Tensors = dict[str, Tensor]
 CONV = "model.input_blocks.1.0.in_layers.2"

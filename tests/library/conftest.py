@@ -1,0 +1,3 @@
+from model_fixtures import edited, model, states
+
+__all__ = ["edited", "model", "states"]

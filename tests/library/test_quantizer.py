@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from qlip_plugins.errors import ArtefactError, BitsError
+from qlip_plugins.grids import ActGrid, GridChoice, Ranges
+from qlip_plugins.quantizer import fake_quantize, one_hot_straight_through, round_straight_through
+
+
+def written_out(value: float, grid: ActGrid) -> float:
+    """The formula of formats.md for one value, in float32 steps, without tensors' broadcasting."""
+    step = torch.tensor(grid.scale)
+    code = torch.round(torch.tensor(value) / step) + grid.zero_point
+    code = min(max(float(code), grid.low_code), grid.high_code)
+    return float((torch.tensor(code) - grid.zero_point) * step)
+
+
+GRIDS = [
+    ActGrid.asymmetric(8, 0.02, 37),
+    ActGrid.asymmetric(4, -0.3, 7),
+    ActGrid.asymmetric(16, 1e-4, 31000),
+    ActGrid.symmetric(8, 0.05),
+    ActGrid.symmetric(4, 0.5, 3),
+    ActGrid.asymmetric(3, 0.4, -2),
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_fake_quantize_is_the_formula(grid: ActGrid) -> None:
+    x = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 4
+    values = (grid.scale, grid.zero_point, grid.low_code, grid.high_code)
+    found = fake_quantize(x, *(torch.tensor(float(value)) for value in values))
+    assert found.tolist() == [written_out(value, grid) for value in x.tolist()]
+
+
+def test_ties_round_to_even() -> None:
+    x, one, zero = torch.tensor([0.5, 1.5, 2.5, -0.5]), torch.tensor(1.0), torch.tensor(8.0)
+    found = fake_quantize(x, one, zero, torch.tensor(0.0), torch.tensor(15.0))
+    assert found.tolist() == [0.0, 2.0, 2.0, 0.0]
+
+
+def test_half_precision_holds_sixteen_bit_codes() -> None:
+    x = torch.tensor([1.0, 0.25], dtype=torch.float16)
+    found = fake_quantize(x, torch.tensor(2.0**-15), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(65535.0))
+    assert found.dtype == torch.float16
+    assert torch.equal(found, x)
+
+
+def test_gradients_pass_inside_the_range_only() -> None:
+    x = torch.tensor([-5.0, 0.3, 5.0], requires_grad=True)
+    fake_quantize(x, torch.tensor(0.1), torch.tensor(10.0), torch.tensor(0.0), torch.tensor(20.0)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == pytest.approx([0.0, 1.0, 0.0])
+
+
+def test_straight_through() -> None:
+    x = torch.tensor([0.4, 1.6], requires_grad=True)
+    y = round_straight_through(x)
+    assert y.tolist() == [0.0, 2.0]
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 1.0]
+    p = torch.tensor([[0.2, 0.5, 0.3]], requires_grad=True)
+    choice = one_hot_straight_through(p)
+    assert choice.tolist() == [[0.0, 1.0, 0.0]]
+    (choice * torch.tensor([[1.0, 2.0, 3.0]])).sum().backward()
+    assert p.grad is not None
+    assert p.grad.tolist() == [[1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_kept_range_keeps_its_ends(grid: ActGrid) -> None:
+    for bits in (4, 8, 12):
+        other = grid.at_width(bits)
+        assert other.bits == bits
+        step = abs(other.scale)
+        assert abs(other.low - grid.low) <= step
+        assert abs(other.high - grid.high) <= step
+        assert other.scale > 0 or bits == grid.bits
+
+
+def test_widths_and_their_grids() -> None:
+    base = ActGrid.asymmetric(8, 0.02, 128)
+    fitted = ActGrid.asymmetric(4, 0.1, 8)
+    choice = GridChoice("layer", base, Ranges({"layer": {4: fitted}}))
+    assert choice.grid(8) is base
+    assert choice.grid(4) is fitted
+    assert choice.grid(32) is None
+    assert choice.grid(16) == base.at_width(16)
+    for bad in (1, 33, 0, -8):
+        with pytest.raises(BitsError, match="expected 2 to 32"):
+            choice.grid(bad)
+
+
+def test_a_range_that_loses_the_signal_is_refused_unless_asked_for() -> None:
+    """Formats 1.4: a 16-bit range trained far too wide makes 8 bits inside it useless."""
+    wide = ActGrid.asymmetric(16, 2e-3, 32768)
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 0.1
+    grid = wide.at_width(8)
+    quantized = fake_quantize(
+        x, *(torch.tensor(float(v)) for v in (grid.scale, grid.zero_point, grid.low_code, grid.high_code))
+    )
+    choice = GridChoice("down.conv1", wide, Ranges())
+    with pytest.raises(BitsError, match=r"down\.conv1: 8 bits inside the calibrated range .* lose .* of the signal"):
+        choice.judge(8, x, quantized)
+    kept = GridChoice("down.conv1", wide, Ranges(keep_calibrated=True))
+    kept.judge(8, x, quantized)
+    seen, clipped, zeroed = kept.losses()[8]
+    assert (seen, clipped) == (4000, 0)
+    assert zeroed == int(((x != 0) & (quantized == 0)).sum()) > 3000
+
+
+def test_a_range_that_keeps_the_signal_is_judged_once() -> None:
+    base = ActGrid.asymmetric(8, 0.02, 128)
+    choice = GridChoice("layer", base, Ranges())
+    x = torch.linspace(-2, 2, 100)
+    assert not choice.is_judged(16)
+    choice.judge(16, x, x)
+    assert choice.is_judged(16)
+
+
+def test_ranges_come_back_as_they_were_saved(tmp_path: object) -> None:
+    from pathlib import Path
+
+    path = Path(str(tmp_path)) / "r.safetensors"
+    ranges = Ranges({"a": {4: ActGrid.asymmetric(4, 0.1, 8), 16: ActGrid.asymmetric(16, 1e-5, 0)}, "b": {}}, fingerprint="f")
+    ranges.save(path)
+    assert Ranges.load(path) == ranges
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtefactError, match="damaged"):
+        Ranges.load(path)
+    with pytest.raises(ArtefactError, match="no such file"):
+        Ranges.load(path.with_name("other.safetensors"))
