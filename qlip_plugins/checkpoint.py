@@ -75,7 +75,16 @@ def _read(path: Path) -> Any:
                 "weights_only=True and nothing else"
             ) from None
         raise ArtefactError(f"{path}: not a torch checkpoint, or truncated") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtefactError(f"{path}: truncated or not a torch checkpoint ({first[:160]})") from None
 

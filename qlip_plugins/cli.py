@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print JSON")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    inspect = verbs.add_parser("inspect", parents=[common], help="say what a checkpoint is, and how to load it")
+    inspect = verbs.add_parser(
+        "inspect", parents=[common], help="say what a checkpoint is, and how to load it"
+    )
     inspect.add_argument("checkpoint", type=Path)
     inspect.set_defaults(run=_inspect)
 
@@ -75,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = verbs.add_parser("generate", parents=[common], help="make pictures under a recipe")
     _add_sampling(generate)
-    generate.add_argument("--out", type=Path, required=True, help="folder to write; an earlier result is replaced")
+    generate.add_argument(
+        "--out", type=Path, required=True, help="folder to write; an earlier result is replaced"
+    )
     generate.set_defaults(run=_generate)
 
     fit = verbs.add_parser("fit-ranges", parents=[common], help="fit activation ranges for a recipe's menu")
@@ -91,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     recipe = verbs.add_parser("recipe", help="check, list or show recipes")
     actions = recipe.add_subparsers(required=True, metavar="ACTION")
-    check = actions.add_parser("check", parents=[common], help="report every problem of a recipe, with its line")
+    check = actions.add_parser(
+        "check", parents=[common], help="report every problem of a recipe, with its line"
+    )
     what = check.add_mutually_exclusive_group(required=True)
     what.add_argument("recipe", nargs="?", help="file, or name of a shipped recipe")
     what.add_argument("--shipped", action="store_true", help="check every shipped recipe")
@@ -107,7 +113,9 @@ def _add_recipe_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="file, or name of a shipped recipe")
-    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given repeatedly")
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="may be given repeatedly"
+    )
     parser.add_argument("--steps", type=_positive, default=25)
     parser.add_argument("--guidance", type=float, default=7.5, metavar="SCALE", help="1 or less: none")
     parser.add_argument("--seed", type=int, default=0)
@@ -140,7 +148,10 @@ def _inspect(options: argparse.Namespace) -> int:
         "split_layers": found.split_layers,
         **{key: value for key, value in found.details.items() if not isinstance(value, list)},
     }
-    unknown = [f"{name} is in neither the file nor a record beside it: set it in the recipe" for name in found.unknown]
+    unknown = [
+        f"{name} is in neither the file nor a record beside it: set it in the recipe"
+        for name in found.unknown
+    ]
     shown = [f"{key}: {value}" for key, value in facts.items()]
     shown += [f"note: {note}" for note in (*found.notes, *unknown)]
     hint = "once the notes' options are set in `base:`" if found.unknown else "as it is"
@@ -178,7 +189,9 @@ def _recipe_check(options: argparse.Namespace) -> int:
 
 
 def _check_text(missing: dict[str, list[str]]) -> str:
-    return "\n".join(f"{name}: {'ok' if not files else 'files are missing'}" for name, files in missing.items())
+    return "\n".join(
+        f"{name}: {'ok' if not files else 'files are missing'}" for name, files in missing.items()
+    )
 
 
 def _recipe_list(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ class BackendCase:
     @property
     def rows(self) -> int:
         """Rows of the batch."""
-        return next(len(value) for value in self.inputs.values() if isinstance(value, Tensor) and value.ndim > 1)
+        return next(
+            len(value) for value in self.inputs.values() if isinstance(value, Tensor) and value.ndim > 1
+        )
 
     def run(self, denoiser: nn.Module) -> Tensor:
         """One call of the denoiser."""
@@ -91,7 +94,9 @@ def one_handle_each(case: BackendCase) -> None:
     with case.installed() as (_, quantizers):
         lacking = set(case.state.activations) ^ set(quantizers)
         _require(not lacking, f"handles and activation quantizers differ: {sorted(lacking)[:5]}")
-        wrong = [n for n, q in quantizers.items() if q.base_bits != case.state.activations[n].bits or q.name != n]
+        wrong = [
+            n for n, q in quantizers.items() if q.base_bits != case.state.activations[n].bits or q.name != n
+        ]
         _require(not wrong, f"handles with another name or base width than the state: {wrong[:5]}")
 
 
@@ -101,7 +106,9 @@ def exact_at_base(case: BackendCase) -> None:
         _require_layers(case, denoiser, _observe(case, denoiser, quantizers), quantized=True)
 
 
-def _require_layers(case: BackendCase, denoiser: nn.Module, seen: Mapping[str, Tensor], quantized: bool) -> None:
+def _require_layers(
+    case: BackendCase, denoiser: nn.Module, seen: Mapping[str, Tensor], quantized: bool
+) -> None:
     for name, layer in case.state.layers.items():
         expected = _reference(denoiser, name, layer, seen, quantized)
         worst = float((seen[f"{name}|out"] - expected).abs().max())
@@ -170,7 +177,8 @@ def widths_matter(case: BackendCase) -> None:
         for i, width in enumerate(case.widths):
             for j in range(i):
                 _require(
-                    not torch.equal(outputs[i], outputs[j]), f"{width} and {case.widths[j]} bits give the same output"
+                    not torch.equal(outputs[i], outputs[j]),
+                    f"{width} and {case.widths[j]} bits give the same output",
                 )
 
 
@@ -183,7 +191,9 @@ def rows_have_their_own_bits(case: BackendCase) -> None:
         for row, width in enumerate(rows):
             _set_all(quantizers, width)
             alone = case.run(denoiser)
-            _require(torch.equal(mixed[row], alone[row]), f"row {row} at {width} bits depends on its neighbours")
+            _require(
+                torch.equal(mixed[row], alone[row]), f"row {row} at {width} bits depends on its neighbours"
+            )
 
 
 def untouched_at_32(case: BackendCase) -> None:
@@ -198,7 +208,7 @@ def refuses_bad_bits(case: BackendCase) -> None:
     with case.installed() as (denoiser, quantizers):
         first = next(iter(quantizers.values()))
         for bad in (1, 33, 0, torch.tensor([8, 33]), torch.tensor([8.0])):
-            _expect(BitsError, lambda bad=bad: first.set_bits(bad), f"set_bits({bad})")
+            _expect(BitsError, partial(first.set_bits, bad), f"set_bits({bad})")
         first.set_bits(torch.tensor([8] * (case.rows + 1)))
         _expect(BitsError, lambda: case.run(denoiser), "a call with bits for another number of rows")
 
@@ -219,7 +229,9 @@ def _trace(denoiser: nn.Module) -> str:
     """A digest of everything that an adapter could leave behind."""
     digest = hashlib.sha256()
     for name, tensor in denoiser.state_dict().items():
-        digest.update(f"{name}{tensor.dtype}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            f"{name}{tensor.dtype}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        )
     for name, parameter in denoiser.named_parameters():
         digest.update(f"{name}{id(parameter)}{parameter.requires_grad}".encode())
     for name, module in denoiser.named_modules():
@@ -273,7 +285,10 @@ def loads_or_refuses(case: BackendCase) -> None:
         expected = case.run(denoiser)
         denoiser.load_state_dict(copy.deepcopy(denoiser.state_dict()))
         quantizers.verify()
-        _require(torch.equal(case.run(denoiser), expected), "load_state_dict of the same weights changed the output")
+        _require(
+            torch.equal(case.run(denoiser), expected),
+            "load_state_dict of the same weights changed the output",
+        )
         floats = case.make_denoiser().state_dict()
 
         def load_and_verify() -> None:
@@ -294,11 +309,15 @@ def gradients_reach_every_choice(case: BackendCase) -> None:
             quantizer.set_mixture(case.widths, logits[name].softmax(-1))
         out = denoiser(**case.inputs, return_dict=False)[0]
         _set_all(quantizers, case.widths[-1])
-        _require(torch.equal(out.detach(), case.run(denoiser)), "the mixture's forward is not its likeliest width")
+        _require(
+            torch.equal(out.detach(), case.run(denoiser)), "the mixture's forward is not its likeliest width"
+        )
         out.square().mean().backward()
         for name, logit in logits.items():
             _require(
-                logit.grad is not None and bool(logit.grad.isfinite().all()) and float(logit.grad.abs().sum()) > 0,
+                logit.grad is not None
+                and bool(logit.grad.isfinite().all())
+                and float(logit.grad.abs().sum()) > 0,
                 f"{name}: no gradient reaches its widths",
             )
 
@@ -309,7 +328,9 @@ def refuses_another_architecture(case: BackendCase) -> None:
     before = _trace(denoiser)
     name, layer = next(iter(case.state.layers.items()))
     strange = replace(case.state, layers={**case.state.layers, f"{name}_elsewhere": layer})
-    _expect(IncompatibleModelError, lambda: case.backend.install(denoiser, strange, case.ranges), "another model")
+    _expect(
+        IncompatibleModelError, lambda: case.backend.install(denoiser, strange, case.ranges), "another model"
+    )
     _require(_trace(denoiser) == before, "a refused install left a trace")
 
 
@@ -379,16 +400,19 @@ BaseQuantizerCheck = Callable[[BaseQuantizerCase], None]
 
 def options_are_strict(case: BaseQuantizerCase) -> None:
     """The options are a frozen `AdapterConfig` that refuses unknown keys."""
-    config_class = case.adapter.config_class
+    config_class: Any = case.adapter.config_class
     _require(issubclass(config_class, AdapterConfig), f"{config_class.__name__} is no AdapterConfig")
     _expect(ValidationError, lambda: config_class(**case.options, no_such_option=1), "an unknown option")
 
 
 def loads_a_whole_state(case: BaseQuantizerCase) -> None:
     """`load` gives layers, float parameters and a fingerprint that a second load repeats."""
-    config = case.adapter.config_class(**case.options)
+    config_class: Any = case.adapter.config_class
+    config = config_class(**case.options)
     state, again = case.adapter.load(config), case.adapter.load(config)
-    _require(state.format == case.name, f"the state says format {state.format!r}, its adapter is {case.name!r}")
+    _require(
+        state.format == case.name, f"the state says format {state.format!r}, its adapter is {case.name!r}"
+    )
     _require(bool(state.layers), "the state has no layers")
     _require(state.fingerprint == again.fingerprint, "two loads of one file have different fingerprints")
 
@@ -404,15 +428,17 @@ def inspection_loads(case: BaseQuantizerCase) -> None:
     """The `base:` section that `inspect` proposes loads the file, unless it says what is unknown."""
     found = case.adapter.inspect(case.checkpoint)
     if found is not None and not found.unknown:
-        case.adapter.load(case.adapter.config_class(**found.base))
+        config_class: Any = case.adapter.config_class
+        case.adapter.load(config_class(**found.base))
 
 
 def missing_file_is_named(case: BaseQuantizerCase) -> None:
     """A checkpoint that is not there is an `ArtefactError` that names it."""
     missing = case.checkpoint.with_name("no-such-file.pth")
     options = {key: missing if value == case.checkpoint else value for key, value in case.options.items()}
+    config_class: Any = case.adapter.config_class
     try:
-        case.adapter.load(case.adapter.config_class(**options))
+        case.adapter.load(config_class(**options))
     except ArtefactError as error:
         _require(str(missing) in str(error), f"the message does not name {missing}: {error}")
         return

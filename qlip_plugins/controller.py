@@ -156,7 +156,9 @@ class Report:
         for name, widths in self.range_losses.items():
             for width, loss in widths.items():
                 found = (loss["clipped"], loss["zeroed"], name)
-                worst[width] = max(worst.get(width, (0.0, 0.0, "")), found, key=lambda item: item[0] + item[1])
+                worst[width] = max(
+                    worst.get(width, (0.0, 0.0, "")), found, key=lambda item: item[0] + item[1]
+                )
         return dict(sorted(worst.items()))
 
 
@@ -348,7 +350,9 @@ def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     denoiser = getattr(pipe, "unet", None)
     if not isinstance(denoiser, nn.Module):
-        raise IncompatibleModelError(f"{type(pipe).__name__} has no UNet, which is the denoiser this version steers")
+        raise IncompatibleModelError(
+            f"{type(pipe).__name__} has no UNet, which is the denoiser this version steers"
+        )
     state = load_base_quantizer(recipe.base.adapter).load(recipe.base)
     state.check_fits(denoiser)
     state.check_same_weights(denoiser)

@@ -40,14 +40,18 @@ def _package(name: str, floor: str) -> dict[str, Any]:
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return {"usable": False, "version": None, "why": "not installed: pip install 'qlip-plugins[diffusers]'"}
+        return {
+            "usable": False,
+            "version": None,
+            "why": "not installed: pip install 'qlip-plugins[diffusers]'",
+        }
     if _numbers(version) < _numbers(floor):
         return {"usable": False, "version": version, "why": f"older than {floor}: pip install -U {name}"}
     return {"usable": True, "version": version, "why": ""}
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    release = version.split("+")[0].split(".")
+    release = version.split("+", maxsplit=1)[0].split(".")
     return tuple(int(part) for part in release[:3] if part.isdigit())
 
 
@@ -69,12 +73,18 @@ def _device() -> str:
 
 def as_text(found: dict[str, Any]) -> str:
     """The diagnosis for people."""
-    lines = [f"python {found['python']} ({sys.executable}), {found['platform']}", f"device: {found['device']}"]
+    lines = [
+        f"python {found['python']} ({sys.executable}), {found['platform']}",
+        f"device: {found['device']}",
+    ]
     for name, state in found["packages"].items():
         lines.append(f"  {_mark(state)} {name} {state['version'] or ''} {state['why']}".rstrip())
     for group, adapters in found["adapters"].items():
         lines.append(f"{group}: {'' if adapters else 'none installed'}".rstrip())
-        lines += [f"  {_mark(state)} {name} ({state['from']}) {state['why']}".rstrip() for name, state in adapters.items()]
+        lines += [
+            f"  {_mark(state)} {name} ({state['from']}) {state['why']}".rstrip()
+            for name, state in adapters.items()
+        ]
     return "\n".join(lines)
 
 

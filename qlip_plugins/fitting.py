@@ -45,7 +45,9 @@ class _Sample:
 
 
 @contextmanager
-def _sampling(quantizers: Mapping[str, ActQuantizer], names: Iterable[str], seed: int) -> Iterator[dict[str, _Sample]]:
+def _sampling(
+    quantizers: Mapping[str, ActQuantizer], names: Iterable[str], seed: int
+) -> Iterator[dict[str, _Sample]]:
     samples = {name: _Sample(seed + index) for index, name in enumerate(names)}
     try:
         for name, sample in samples.items():
@@ -100,5 +102,7 @@ def _best_grid(sample: _Sample, base: ActGrid, bits: int) -> ActGrid:
 
 def _squared_error(values: Tensor, grid: ActGrid) -> Tensor:
     low, high = torch.tensor(float(grid.low_code)), torch.tensor(float(grid.high_code))
-    quantized = fake_quantize(values, torch.tensor(grid.scale), torch.tensor(float(grid.zero_point)), low, high)
+    quantized = fake_quantize(
+        values, torch.tensor(grid.scale), torch.tensor(float(grid.zero_point)), low, high
+    )
     return (quantized - values).double().square().mean()

@@ -53,7 +53,9 @@ def load_pipeline(recipe: Recipe) -> Any:
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
-        raise HostError(f"diffusers cannot be imported ({error}): pip install 'qlip-plugins[diffusers]'") from None
+        raise HostError(
+            f"diffusers cannot be imported ({error}): pip install 'qlip-plugins[diffusers]'"
+        ) from None
     _quieten()
     source = recipe.model.pipeline
     local = Path(source).is_dir()
@@ -63,7 +65,7 @@ def load_pipeline(recipe: Recipe) -> Any:
         # A pipeline with precomputed embeddings may come without an encoder or decoder.
         absent = _absent_components(Path(source)) if local else {}
         pipe = DiffusionPipeline.from_pretrained(str(source), local_files_only=local, **absent)
-    except (OSError, ValueError, EnvironmentError) as error:
+    except (OSError, ValueError) as error:
         raise ArtefactError(f"{source}: not a diffusers pipeline: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=not wanted())
     return pipe
@@ -153,7 +155,9 @@ def _discard(images: Any) -> None:
     """Calibration looks at activations, not at pictures."""
 
 
-def _report(recipe: Recipe, prompts: Sequence[str], settings: Settings, controller: BitController) -> dict[str, Any]:
+def _report(
+    recipe: Recipe, prompts: Sequence[str], settings: Settings, controller: BitController
+) -> dict[str, Any]:
     report = controller.report().to_dict()
     costs = report.pop("prompts")
     return {
@@ -166,7 +170,11 @@ def _report(recipe: Recipe, prompts: Sequence[str], settings: Settings, controll
 
 
 def _picture(image: Any, prompt: str, report: dict[str, Any]) -> Image.Image:
-    return image if isinstance(image, Image.Image) else draw_latent(image, f"{prompt}: latent, 4 channels, no decoder")
+    return (
+        image
+        if isinstance(image, Image.Image)
+        else draw_latent(image, f"{prompt}: latent, 4 channels, no decoder")
+    )
 
 
 def draw_latent(latent: Tensor, title: str) -> Image.Image:

@@ -131,7 +131,8 @@ class Ranges:
             if rows.ndim != 2 or rows.shape[1] != 3 or not rows.isfinite().all() or (rows[:, :2] <= 0).any():
                 raise ArtefactError(f"{path}: tensor {name!r} is no list of (width, step, zero point)")
             fitted[name] = {
-                int(width): ActGrid.asymmetric(int(width), step, int(zero)) for width, step, zero in rows.tolist()
+                int(width): ActGrid.asymmetric(int(width), step, int(zero))
+                for width, step, zero in rows.tolist()
             }
         return cls(fitted=fitted, fingerprint=header.get("base_fingerprint", ""))
 

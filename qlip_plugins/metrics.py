@@ -77,7 +77,9 @@ def count_macs(denoiser: nn.Module, sample_inputs: Mapping[str, Any] | Sequence[
 def _rows(keywords: Mapping[str, Any], positional: Sequence[Any]) -> int:
     sample = keywords.get("sample", keywords.get("hidden_states", positional[0] if positional else None))
     if not isinstance(sample, Tensor):
-        raise ValueError("sample_inputs must hold the denoiser's `sample` (or `hidden_states`), or start with it")
+        raise BitsError(
+            "sample_inputs must hold the denoiser's `sample` (or `hidden_states`), or start with it"
+        )
     return int(sample.shape[0])
 
 
@@ -135,7 +137,8 @@ def bitops(
         profile: what is counted.
 
     Raises:
-        BitsError: the mapping names a layer that the denoiser has not, or a width is not above 0.
+        BitsError: the mapping names a layer that the denoiser has not, a width is not above 0, or
+            `sample_inputs` lacks the sample.
     """
     counts = count_macs(denoiser, sample_inputs)
     if isinstance(activation_bits, Mapping):
@@ -237,7 +240,7 @@ def cost_of(
             row = dict(zip(plan.layers, plan.at(timestep)[prompt].tolist(), strict=True))
             widths = {**base_bits, **row}
             for profile in ("paper", "full"):
-                totals[profile] += times * call_bitops(counts, weight_bits, widths.get, profile)  # type: ignore[arg-type]
+                totals[profile] += times * call_bitops(counts, weight_bits, widths.get, profile)
         bits = plan.bits[prompt].double()
         costs.append(
             PromptCost(

@@ -41,9 +41,13 @@ class BitPlan:
     def __post_init__(self) -> None:
         expected = (len(self.timesteps), len(self.layers))
         if self.bits.ndim != 3 or tuple(self.bits.shape[1:]) != expected:
-            raise BitsError(f"a plan of shape {tuple(self.bits.shape)}, expected (prompts, {expected[0]}, {expected[1]})")
+            raise BitsError(
+                f"a plan of shape {tuple(self.bits.shape)}, expected (prompts, {expected[0]}, {expected[1]})"
+            )
         if self.bits.numel() and not 2 <= int(self.bits.min()) <= int(self.bits.max()) <= FULL_PRECISION:
-            raise BitsError(f"a plan with widths {int(self.bits.min())} to {int(self.bits.max())}, expected 2 to 32")
+            raise BitsError(
+                f"a plan with widths {int(self.bits.min())} to {int(self.bits.max())}, expected 2 to 32"
+            )
         if len(set(self.timesteps)) != len(self.timesteps):
             raise BitsError("a plan lists each timestep once")
 
@@ -170,7 +174,8 @@ def _colours(bits: np.ndarray) -> np.ndarray:
     position = (np.log2(bits.astype(np.float64)) - 1) / 4 * (len(stops) - 1)
     below = np.clip(position.astype(int), 0, len(stops) - 2)
     part = (position - below)[..., None]
-    return (stops[below] * (1 - part) + stops[below + 1] * part).astype(np.uint8)
+    mixed: np.ndarray = stops[below] * (1 - part) + stops[below + 1] * part
+    return mixed.astype(np.uint8)
 
 
 def _block_labels(layers: tuple[str, ...]) -> list[tuple[int, str]]:

@@ -17,7 +17,9 @@ class Q2B(nn.Module):
         train_timesteps: length of the noise schedule; T steps divide it evenly.
     """
 
-    def __init__(self, layers: int, steps: int, group: int = 1, early: int = 0, train_timesteps: int = 1000) -> None:
+    def __init__(
+        self, layers: int, steps: int, group: int = 1, early: int = 0, train_timesteps: int = 1000
+    ) -> None:
         super().__init__()
         if not (layers >= 1 and 1 <= group <= steps <= train_timesteps and 0 <= early <= steps):
             raise ValueError(

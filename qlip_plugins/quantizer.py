@@ -30,7 +30,7 @@ class _OneHotStraightThrough(torch.autograd.Function):
         return torch.zeros_like(probabilities).scatter_(-1, chosen, 1.0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0]
 

@@ -195,7 +195,15 @@ def _line_of(document: Document, found: dict[str, Any]) -> tuple[int, str]:
     return where.line, f"{where.dotted}: {message}" if where.dotted else message
 
 
-_OWN_WORDS = {"unknown_key", "menu_order", "ranges", "adapter_not_found", "package_path", "empty_path", "missing"}
+_OWN_WORDS = {
+    "unknown_key",
+    "menu_order",
+    "ranges",
+    "adapter_not_found",
+    "package_path",
+    "empty_path",
+    "missing",
+}
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -137,7 +137,9 @@ class CalibratedState:
             if not isinstance(module, nn.Conv2d | nn.Linear):
                 problems.append(f"{name} is {type(module).__name__} in the model, not a conv or linear layer")
             elif tuple(module.weight.shape) != layer.shape:
-                problems.append(f"{name} weighs {layer.shape} in the checkpoint, {tuple(module.weight.shape)} here")
+                problems.append(
+                    f"{name} weighs {layer.shape} in the checkpoint, {tuple(module.weight.shape)} here"
+                )
         problems += [
             f"{name}: the model has no such attention"
             for name in self.operands

@@ -117,7 +117,9 @@ class TextToBits(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, both or neither."""
         with folder_written_whole(Path(folder), CONFIG_NAME) as temporary:
-            (temporary / CONFIG_NAME).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (temporary / CONFIG_NAME).write_text(
+                self.config.model_dump_json(indent=2) + "\n", encoding="utf-8"
+            )
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary / WEIGHTS_NAME)
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from .errors import RecipeError
@@ -82,7 +82,9 @@ def read_document(path: Path) -> Document:
 def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(f"{path}:1: a recipe has at most {MAX_BYTES} bytes, found {path.stat().st_size}")
+            raise RecipeError(
+                f"{path}:1: a recipe has at most {MAX_BYTES} bytes, found {path.stat().st_size}"
+            )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}:1: not UTF-8 text (byte {error.start})") from None
@@ -97,8 +99,9 @@ def _refuse_excess(path: Path, text: str) -> None:
         if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
             raise RecipeError(f"{path}:{line}: anchors and aliases are not part of a recipe")
         # A plain scalar's implicit tag is None here; what is written out with `!` is not.
-        if isinstance(event, NodeEvent) and getattr(event, "tag", None):
-            raise RecipeError(f"{path}:{line}: the tag {event.tag!s} is not part of a recipe")
+        tag = getattr(event, "tag", None)
+        if tag:
+            raise RecipeError(f"{path}:{line}: the tag {tag} is not part of a recipe")
         depth += isinstance(event, CollectionStartEvent)
         depth -= isinstance(event, CollectionEndEvent)
         if depth > MAX_DEPTH:

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qlip_plugins import load_base_quantizer
 from qlip_plugins.embeddings import PromptEmbeddings
 from qlip_plugins.generation import Settings, fit_recipe_ranges
 from qlip_plugins.layers import controlled
 from qlip_plugins.recipe import ActivationBits, Recipe
 from qlip_plugins.state import CalibratedState
 from qlip_plugins.text_to_bits import TextToBits, TextToBitsConfig
-from safetensors.torch import load_file
-from torch import Tensor
-
-from qlip_plugins import load_base_quantizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -43,7 +43,7 @@ def main() -> None:
     for name in ("ckpt.pth", "sampling_config.yaml"):
         shutil.copyfile(GOLDEN / "qdiffusion" / "w4a8" / name, FOLDER / name)
     _pipeline().save_pretrained(FOLDER / "pipeline")
-    prompts = tuple(f"row {row}" for row in range(EMPTY_ROW)) + ("",)
+    prompts = (*(f"row {row}" for row in range(EMPTY_ROW)), "")
     table = PromptEmbeddings(prompts, load_file(GOLDEN / "model_v" / "text_table.safetensors")["table"])
     table.save(FOLDER / "prompt_embeddings.safetensors")
     recipe = Recipe.from_yaml(RECIPE)

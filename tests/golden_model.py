@@ -7,11 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
 
 CASES = ("w4a8", "w8a8", "w4a16", "w4")
 

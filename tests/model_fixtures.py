@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from qlip_plugins.state import CalibratedState
 from torch import Tensor
 
-from qlip_plugins import load_base_quantizer
-
 from golden_model import CASES, GoldenModel
+from qlip_plugins import load_base_quantizer
+from qlip_plugins.state import CalibratedState
 
 
 @pytest.fixture(scope="session")

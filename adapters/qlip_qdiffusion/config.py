@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
+
 from qlip_plugins.adapter import AdapterConfig
 from qlip_plugins.schema import RecipePath
 

@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from qlip_plugins.checkpoint import check_finite, read_state_dict
 from qlip_plugins.errors import ArtefactError
-from torch import Tensor
 
 PREFIX = "model."
 _QUANTIZER = re.compile(
@@ -66,7 +67,7 @@ class Contents:
         return [name for name, parts in self.weights.items() if len(parts) > 1]
 
 
-class NotQDiffusion(ArtefactError):
+class ForeignFormatError(ArtefactError):
     """The file is readable, but of another format."""
 
 
@@ -74,7 +75,7 @@ def read_contents(path: Path) -> Contents:
     """Read and check a file as far as that goes without knowing bits.
 
     Raises:
-        NotQDiffusion: of another format; the message says which, where that shows.
+        ForeignFormatError: of another format; the message says which, where that shows.
         ArtefactError: damaged, unfinished, or with NaN; names file and tensor.
     """
     tensors = read_state_dict(path)
@@ -91,16 +92,18 @@ def read_contents(path: Path) -> Contents:
 def _refuse_foreign(path: Path, tensors: dict[str, Tensor]) -> None:
     names = list(tensors)
     if any(name.startswith(("down_blocks.", "unet.down_blocks.")) for name in names):
-        raise NotQDiffusion(f"{path}: a diffusers UNet without quantizers, not a Q-Diffusion checkpoint")
+        raise ForeignFormatError(f"{path}: a diffusers UNet without quantizers, not a Q-Diffusion checkpoint")
     if any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in names):
-        raise NotQDiffusion(f"{path}: a CompVis float model, not a Q-Diffusion checkpoint")
+        raise ForeignFormatError(f"{path}: a CompVis float model, not a Q-Diffusion checkpoint")
     stray = next((name for name in names if not name.startswith(PREFIX)), None)
     if stray is not None:
-        raise NotQDiffusion(
+        raise ForeignFormatError(
             f"{path}: not a Q-Diffusion checkpoint: key {stray!r} does not start with {PREFIX!r}"
         )
     if not any(_QUANTIZER.fullmatch(name) for name in names):
-        raise NotQDiffusion(f"{path}: not a Q-Diffusion checkpoint: no quantizer among its {len(names)} tensors")
+        raise ForeignFormatError(
+            f"{path}: not a Q-Diffusion checkpoint: no quantizer among its {len(names)} tensors"
+        )
 
 
 def _sorted(path: Path, tensors: dict[str, Tensor]) -> tuple[Contents, dict[str, dict[str, Tensor]]]:
@@ -128,8 +131,10 @@ def _refuse_ptqd(path: Path, contents: Contents, quantizers: dict[str, dict[str,
     resampling = [name for name in unquantized if name.endswith((".skip_connection", ".op"))]
     no_step = "weight_quantizer.delta" not in kinds
     activations = "act_quantizer.delta" in kinds
-    if no_step and (activations and "act_quantizer.zero_point" not in kinds or (resampling and _late(quantizers))):
-        raise NotQDiffusion(
+    if no_step and (
+        (activations and "act_quantizer.zero_point" not in kinds) or (resampling and _late(quantizers))
+    ):
+        raise ForeignFormatError(
             f"{path}: a PTQD checkpoint, not one of Q-Diffusion: it holds no weight steps, and leaves "
             f"{resampling[0] if resampling else 'some layers'} in floating point"
         )
@@ -207,7 +212,9 @@ def _check_shapes(contents: Contents, module: str, parts: list[WeightTensors]) -
         raise ArtefactError(f"{contents.path}: tensor '{PREFIX}{key}' is missing, its quantizers are there")
     weight = contents.floats[key]
     alphas = [tuple(part.alpha.shape) for part in parts]
-    together = (alphas[0][0], sum(shape[1] for shape in alphas), *alphas[0][2:]) if len(alphas[0]) > 1 else alphas[0]
+    together = (
+        (alphas[0][0], sum(shape[1] for shape in alphas), *alphas[0][2:]) if len(alphas[0]) > 1 else alphas[0]
+    )
     if tuple(weight.shape) != together or any(shape[0] != together[0] for shape in alphas):
         raise ArtefactError(
             f"{contents.path}: '{PREFIX}{key}' is {tuple(weight.shape)}, its rounding codes are {alphas}: "
@@ -226,18 +233,19 @@ def _check_shapes(contents: Contents, module: str, parts: list[WeightTensors]) -
 def _check_complete(contents: Contents) -> None:
     for name, tensor in contents.floats.items():
         module, _, parameter = name.rpartition(".")
-        if parameter == "weight" and tensor.ndim > 1 and module not in contents.weights:
-            if module not in _EMBEDDINGS:
-                raise ArtefactError(
-                    f"{contents.path}: layer '{PREFIX}{module}' has no 'weight_quantizer.alpha': Q-Diffusion "
-                    "quantizes every layer, so this is an intermediate file of an unfinished calibration"
-                )
+        exempt = parameter != "weight" or tensor.ndim < 2 or module in _EMBEDDINGS
+        if not exempt and module not in contents.weights:
+            raise ArtefactError(
+                f"{contents.path}: layer '{PREFIX}{module}' has no 'weight_quantizer.alpha': Q-Diffusion "
+                "quantizes every layer, so this is an intermediate file of an unfinished calibration"
+            )
     attentions = {name.rpartition(".")[0] for name in contents.weights if name.endswith(".to_q")}
     if contents.has_activations:
         wanted = {f"{attention}.{operand}" for attention in attentions for operand in "qkvw"}
         lacking = [f"{name}.act_quantizer" for name in contents.weights if name not in contents.inputs]
         lacking += [
-            f"{name.rpartition('.')[0]}.act_quantizer_{name[-1]}" for name in sorted(wanted - set(contents.operands))
+            f"{name.rpartition('.')[0]}.act_quantizer_{name[-1]}"
+            for name in sorted(wanted - set(contents.operands))
         ]
         if lacking:
             raise ArtefactError(

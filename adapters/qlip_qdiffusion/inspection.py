@@ -7,7 +7,7 @@ from typing import Any
 
 from qlip_plugins.adapter import Inspection
 
-from .contents import Contents, NotQDiffusion, read_contents
+from .contents import Contents, ForeignFormatError, read_contents
 from .options import RECORD, possible_weight_bits, read_record
 from .reader import FORMAT, map_names
 
@@ -16,7 +16,7 @@ def inspect(path: Path) -> Inspection | None:
     """See `BaseQuantizer.inspect`."""
     try:
         contents = read_contents(path)
-    except NotQDiffusion:
+    except ForeignFormatError:
         return None
     names = map_names(contents)
     record = read_record(path.parent / RECORD)
@@ -42,7 +42,10 @@ def inspect(path: Path) -> Inspection | None:
             "attention_operands": len(contents.operands),
             "negative_steps": sum(
                 float(act.delta) < 0
-                for act in [*contents.operands.values(), *(a for acts in contents.inputs.values() for a in acts)]
+                for act in [
+                    *contents.operands.values(),
+                    *(a for acts in contents.inputs.values() for a in acts),
+                ]
             ),
             "record": RECORD if record else None,
             "layers": [names[module] for module in contents.weights],
@@ -72,5 +75,3 @@ def _notes(record: dict[str, Any], possible: list[int] | None) -> tuple[str, ...
     if recorded is not None and possible is not None and recorded not in possible:
         notes.append(f"{RECORD} says weight_bit: {recorded}, which contradicts the weights")
     return tuple(notes)
-
-

@@ -30,7 +30,9 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)(?:\.(.+))?|middle_block()\.(\d+)()(?:\.(.+))?")
+_BLOCK = re.compile(
+    r"(input_blocks|output_blocks)\.(\d+)\.(\d+)(?:\.(.+))?|middle_block()\.(\d+)()(?:\.(.+))?"
+)
 _TRANSFORMER_PARTS = ("norm", "proj_in", "proj_out", "transformer_blocks")
 
 
@@ -80,7 +82,11 @@ def _translate(path: str, homes: Mapping[str, str]) -> str:
 
 def _children(paths: Iterable[str]) -> dict[str, dict[int, dict[int, str]]]:
     """Side -> block number -> position in the block -> kind."""
-    found: dict[str, dict[int, dict[int, str]]] = {"input_blocks": {}, "middle_block": {}, "output_blocks": {}}
+    found: dict[str, dict[int, dict[int, str]]] = {
+        "input_blocks": {},
+        "middle_block": {},
+        "output_blocks": {},
+    }
     for path in paths:
         parts = path.split(".")
         if parts[0] not in found or path == "input_blocks.0.0":
@@ -130,7 +136,7 @@ def _walk_up(blocks: Mapping[int, Mapping[int, str]], homes: dict[str, str]) -> 
         for position, kind in sorted(kinds.items()):
             # After the residual block, a second one or a convolution is the way up to the next level.
             if position > 0 and kind in ("resnet", "up"):
-                place = f"upsamplers.0"
+                place = "upsamplers.0"
                 ends_level = True
             else:
                 place = f"resnets.{resnets}" if kind == "resnet" else f"attentions.{resnets}"
@@ -158,7 +164,9 @@ def _walk_down(blocks: Mapping[int, Mapping[int, str]], levels: list[int], homes
             homes[f"input_blocks.{number}.0"] = f"down_blocks.{level}.downsamplers.0"
             number += 1
     if number - 1 != len(blocks):
-        raise LayoutError(f"the encoder has {len(blocks)} blocks after conv_in where the decoder asks for {number - 1}")
+        raise LayoutError(
+            f"the encoder has {len(blocks)} blocks after conv_in where the decoder asks for {number - 1}"
+        )
 
 
 def _walk_middle(kinds: Mapping[int, str], homes: dict[str, str]) -> None:

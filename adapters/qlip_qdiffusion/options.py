@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from qlip_plugins.errors import ArtefactError, RecipeError
 from qlip_plugins.yaml_lines import read_document
-from torch import Tensor
 
 from .config import QDiffusionConfig
 from .contents import Contents
@@ -90,7 +91,14 @@ def read_record(path: Path) -> dict[str, Any]:
         document = read_document(path)
     except RecipeError as error:
         raise ArtefactError(str(error)) from None
-    kinds = {"weight_bit": int, "act_bit": int, "sm_abit": int, "split": bool, "quant_act": bool, "a_sym": bool}
+    kinds = {
+        "weight_bit": int,
+        "act_bit": int,
+        "sm_abit": int,
+        "split": bool,
+        "quant_act": bool,
+        "a_sym": bool,
+    }
     for key, kind in kinds.items():
         value = document.data.get(key)
         if value is not None and type(value) is not kind:
@@ -110,12 +118,15 @@ def _weight_bits(witnesses: _Witnesses) -> int:
     said = witnesses.agreed("weight_bits", "weight_bit")
     possible = possible_weight_bits(witnesses.contents)
     if said is None:
-        if len(possible) != 1:
-            raise witnesses.gap("weight_bits", "weight_bit", f" ({possible or 'no width'} would fit them)")
+        if possible is None or len(possible) != 1:
+            shown = "" if not possible else f" ({' or '.join(map(str, possible))} would fit them)"
+            raise witnesses.gap("weight_bits", "weight_bit", shown)
         return possible[0]
     if possible is not None and said not in possible:
         shown = " or ".join(map(str, possible)) or "no width from 2 to 16"
-        raise witnesses.contradiction(f"weight_bits is given as {said}, the weights and their steps fit {shown}")
+        raise witnesses.contradiction(
+            f"weight_bits is given as {said}, the weights and their steps fit {shown}"
+        )
     return int(said)
 
 
@@ -225,7 +236,11 @@ def possible_weight_bits(contents: Contents) -> list[int] | None:
     if not spans:
         return None
     span, outside = torch.cat(spans).median(), torch.stack(clipped).mean(0)
-    return [n for n, share in zip(_WIDTHS, outside, strict=True) if share <= _CLIPPED and span >= 0.95 * (2**n - 1)]
+    return [
+        n
+        for n, share in zip(_WIDTHS, outside, strict=True)
+        if share <= _CLIPPED and span >= 0.95 * (2**n - 1)
+    ]
 
 
 def _evidence(weight: Tensor, delta: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:

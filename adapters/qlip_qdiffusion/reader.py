@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
 from qlip_plugins.errors import ArtefactError
 from qlip_plugins.grids import ActGrid
 from qlip_plugins.state import CalibratedLayer, CalibratedState, WeightPart
-from torch import Tensor
 
 from .config import QDiffusionConfig
 from .contents import ActTensors, Contents, WeightTensors, read_contents

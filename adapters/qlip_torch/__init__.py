@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
     from qlip_plugins.adapter import Installed
     from qlip_plugins.grids import Ranges
     from qlip_plugins.state import CalibratedState

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from qlip_plugins.errors import IncompatibleModelError
 from torch import Tensor
+
+from qlip_plugins.errors import IncompatibleModelError
 
 from .quantizer import TorchActQuantizer
 
@@ -94,4 +95,5 @@ def check_plain(name: str, attn: Any) -> None:
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split

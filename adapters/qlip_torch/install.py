@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from qlip_plugins.adapter import Installed
 from qlip_plugins.errors import IncompatibleModelError
 from qlip_plugins.grids import Ranges
 from qlip_plugins.state import OPERANDS, SPLIT_SUFFIX, CalibratedLayer, CalibratedState
-from torch import Tensor, nn
 
 from .attention import QuantizedAttnProcessor, check_plain
 from .quantizer import TorchActQuantizer
@@ -71,7 +72,9 @@ class InstalledTorch(Installed):
         """See `Installed.verify`."""
         for module, hook in self._hooks:
             if hook not in module._forward_pre_hooks.values():
-                raise IncompatibleModelError(f"{hook.parts[0].name}: its activation quantizer has been taken out")
+                raise IncompatibleModelError(
+                    f"{hook.parts[0].name}: its activation quantizer has been taken out"
+                )
         for attention, processor in self._attentions:
             if attention.processor is not processor:
                 raise IncompatibleModelError(

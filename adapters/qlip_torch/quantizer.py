@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from qlip_plugins.errors import BitsError
 from qlip_plugins.grids import ActGrid, GridChoice, Ranges
 from qlip_plugins.quantizer import fake_quantize, one_hot_straight_through
-from torch import Tensor
 
 _UNTOUCHED = ActGrid.asymmetric(2, 1.0, 0)
 """Stands in the table for a row at 32 bits, whose values are taken from the input instead."""

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from golden_model import GoldenModel
+from qlip_plugins import load_backend, load_base_quantizer
 from qlip_plugins.adapter import BACKENDS, BASE_QUANTIZERS, installed
 from qlip_plugins.contract import (
     BACKEND_CHECKS,
@@ -18,10 +21,6 @@ from qlip_plugins.contract import (
 from qlip_plugins.fitting import fit_ranges
 from qlip_plugins.grids import Ranges
 from qlip_plugins.state import CalibratedState
-
-from qlip_plugins import load_backend, load_base_quantizer
-
-from golden_model import GoldenModel
 
 OPTIONS = {"qdiffusion": {"weight_bits": 4, "activation_bits": 8, "softmax_bits": 16}}
 CHECKPOINTS = {"qdiffusion": "qdiffusion/w4a8/ckpt.pth"}

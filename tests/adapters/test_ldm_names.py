@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+
+from golden_model import GoldenModel
 from qlip_plugins.checkpoint import read_state_dict
 from qlip_qdiffusion.contents import Contents, read_contents
 from qlip_qdiffusion.ldm_names import LayoutError, diffusers_names
 from qlip_qdiffusion.options import Options
 from qlip_qdiffusion.reader import build_state, map_names
-
-from golden_model import GoldenModel
 
 
 def test_golden_model(model: GoldenModel) -> None:
@@ -44,9 +44,9 @@ def test_sd_v1_file_maps_without_a_leftover(golden: Path, tmp_path: Path) -> Non
     torch.save({name: torch.ones(()).expand(shape) for name, shape in expected["keys"].items()}, path)
     contents = read_contents(path)
     assert len(contents.weights) == expected["quant_modules"] == 282
-    assert {n.removesuffix(".0.skip_connection"): sizes(contents, n) for n in contents.split_layers} == expected[
-        "splits"
-    ]
+    assert {
+        n.removesuffix(".0.skip_connection"): sizes(contents, n) for n in contents.split_layers
+    } == expected["splits"]
     state = build_state(on_meta(contents), map_names(contents), Options(4, 8, 16, symmetric=False))
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_V1)
@@ -73,7 +73,10 @@ def on_meta(contents: Contents) -> Contents:
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one level": {"down": ["CrossAttnDownBlock2D"], "up": ["CrossAttnUpBlock2D"], "layers": 2},
-    "attention deep only": {"down": ["DownBlock2D", "CrossAttnDownBlock2D"], "up": ["CrossAttnUpBlock2D", "UpBlock2D"]},
+    "attention deep only": {
+        "down": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    },
     "no attention but mid": {"down": ["DownBlock2D"] * 3, "up": ["UpBlock2D"] * 3, "layers": 3},
     "four levels": {"down": ["CrossAttnDownBlock2D"] * 4, "up": ["CrossAttnUpBlock2D"] * 4, "layers": 2},
     "deep transformers": {"down": ["CrossAttnDownBlock2D"] * 2, "up": ["CrossAttnUpBlock2D"] * 2, "depth": 3},
@@ -119,7 +122,9 @@ def ldm_layout(unet: Any) -> dict[str, str]:
             homes[f"up_blocks.{level}.attentions.{index}"] = f"output_blocks.{number}.1"
             number += 1
         homes[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{number - 1}.{2 if attended else 1}"
-    return {path: ldm_name(path, homes) for path in {n.rpartition(".")[0] for n, _ in unet.named_parameters()}}
+    return {
+        path: ldm_name(path, homes) for path in {n.rpartition(".")[0] for n, _ in unet.named_parameters()}
+    }
 
 
 def ldm_name(path: str, homes: dict[str, str]) -> str:

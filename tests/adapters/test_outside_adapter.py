@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
 from golden_model import GoldenModel
+from qlip_plugins import load_backend, load_base_quantizer
 from qlip_plugins.adapter import BASE_QUANTIZERS, installed
 from qlip_plugins.cli import main
 from qlip_plugins.contract import BASE_QUANTIZER_CHECKS, BaseQuantizerCase, BaseQuantizerCheck
 from qlip_plugins.errors import AdapterNotFoundError
-from safetensors.torch import save_file
-
-from qlip_plugins import load_backend, load_base_quantizer
 
 OUTSIDE = Path(__file__).parents[1] / "outside"
 
@@ -68,7 +68,18 @@ def test_it_runs_a_recipe(
     )
     recipe.write_text(text)
     out = tmp_path / "out"
-    command = ["generate", str(recipe), "--prompt", "row 1", "--steps", "2", "--guidance", "3", "--out", str(out)]
+    command = [
+        "generate",
+        str(recipe),
+        "--prompt",
+        "row 1",
+        "--steps",
+        "2",
+        "--guidance",
+        "3",
+        "--out",
+        str(out),
+    ]
     assert main(command) == 0
     assert "calibrated ranges kept at 4 bits" in capsys.readouterr().out
     recipe.write_text(text.replace("reach: 6.0", "reach: -1.0"))

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from qlip_plugins.controller import BitController, FixedPlanner
-from qlip_plugins.layers import controlled
-from qlip_plugins.state import CalibratedState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlip_plugins import load_backend, load_base_quantizer
-
 from golden_model import CASES, GoldenModel
+from qlip_plugins import load_backend, load_base_quantizer
+from qlip_plugins.controller import BitController, FixedPlanner
+from qlip_plugins.layers import controlled
+from qlip_plugins.state import CalibratedState
 
 OUTPUT_TOLERANCE = {"w4": 1e-5, "w4a16": 1e-3, "w4a8": 5e-2, "w8a8": 5e-2}
 LAYER_TOLERANCE = 1e-5
@@ -32,7 +31,9 @@ def quantizers_json(model: GoldenModel, case: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_weight_code_is_identical(model: GoldenModel, states: dict[str, CalibratedState], case: str) -> None:
+def test_every_weight_code_is_identical(
+    model: GoldenModel, states: dict[str, CalibratedState], case: str
+) -> None:
     recorded = quantizers_json(model, case)["quant_modules"]
     assert len(recorded) == len(states[case].layers) == 83
     for name, facts in recorded.items():
@@ -125,7 +126,9 @@ def test_weights_only_of_a_full_file(model: GoldenModel, case: str) -> None:
         assert relative(out, recorded[f"out_w_{index}"]) <= OUTPUT_TOLERANCE["w4"]
 
 
-@pytest.mark.parametrize(("case", "tolerance"), [("w4", 1e-4), ("w4a16", 1e-2), ("w4a8", None), ("w8a8", None)])
+@pytest.mark.parametrize(
+    ("case", "tolerance"), [("w4", 1e-4), ("w4a16", 1e-2), ("w4a8", None), ("w8a8", None)]
+)
 def test_plms_latent_through_a_pipeline(
     model: GoldenModel, states: dict[str, CalibratedState], case: str, tolerance: float | None
 ) -> None:
@@ -194,5 +197,7 @@ def test_symmetric_activations(model: GoldenModel, edited: Any) -> None:
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 10
     codes = torch.round(x / torch.tensor(grid.scale)).clamp(-128, 127)
     layer = state.layers["conv_in"].dequantized()
-    expected = torch.nn.functional.conv2d(codes * torch.tensor(grid.scale), layer, unet.conv_in.bias, padding=1)
+    expected = torch.nn.functional.conv2d(
+        codes * torch.tensor(grid.scale), layer, unet.conv_in.bias, padding=1
+    )
     assert torch.equal(unet.conv_in(x), expected)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from qlip_plugins.cli import main
 from torch import Tensor
 
 from golden_model import GoldenModel
+from qlip_plugins.cli import main
 
 Tensors = dict[str, Tensor]
 CONV = "model.input_blocks.1.0.in_layers.2"
@@ -92,59 +92,81 @@ class Payload:
 BAD: dict[str, Bad] = {
     # the file
     "empty": Bad("the file is empty", bytes_=lambda data: b""),
-    "truncated at half": Bad("truncated or not a torch checkpoint", bytes_=lambda data: data[: len(data) // 2]),
+    "truncated at half": Bad(
+        "truncated or not a torch checkpoint", bytes_=lambda data: data[: len(data) // 2]
+    ),
     "truncated by a byte": Bad("truncated or not a torch checkpoint", bytes_=lambda data: data[:-1]),
     "first kilobyte": Bad("truncated or not a torch checkpoint", bytes_=lambda data: data[:1024]),
     "text": Bad("not a torch checkpoint", bytes_=lambda data: b"hello, this is no checkpoint\n"),
     "plain pickle": Bad("refused|not a torch checkpoint", bytes_=lambda data: pickle.dumps({"a": 1})),
     "pickle with code": Bad("refused", bytes_=lambda data: pickle.dumps({"a": Payload()}, protocol=2)),
-    "torch file with code": Bad("refused, the file holds more than tensors", tensors=lambda t: {"a": Payload()}),
+    "torch file with code": Bad(
+        "refused, the file holds more than tensors", tensors=lambda t: {"a": Payload()}
+    ),
     # another format
     "a list": Bad("expected a state dict, found a list", tensors=lambda t: list(t.values())),
     "empty dict": Bad("the state dict is empty", tensors=lambda t: {}),
     "a number inside": Bad("entry 'epoch' is a int", tensors=lambda t: {**t, "epoch": 3}),
     "CompVis level": Bad("stand under the key 'state_dict'", tensors=lambda t: {"state_dict": t}),
     "CompVis names": Bad("CompVis float model", tensors=renamed("model.", "model.diffusion_model.")),
-    "diffusers UNet": Bad("a diffusers UNet", tensors=lambda t: {"down_blocks.0.resnets.0.conv1.weight": torch.ones(1)}),
+    "diffusers UNet": Bad(
+        "a diffusers UNet", tensors=lambda t: {"down_blocks.0.resnets.0.conv1.weight": torch.ones(1)}
+    ),
     "no prefix": Bad("does not start with 'model.'", tensors=renamed("model.", "")),
     "float model": Bad("no quantizer among", tensors=drop("quantizer")),
     "PTQD": Bad("a PTQD checkpoint", case="ptqd"),
     # unfinished
     "no weight step": Bad(
-        f"'{CONV}.weight_quantizer.delta' is missing: an intermediate file", tensors=drop(f"{CONV}.weight_quantizer.delta")
+        f"'{CONV}.weight_quantizer.delta' is missing: an intermediate file",
+        tensors=drop(f"{CONV}.weight_quantizer.delta"),
     ),
     "in mid-run": Bad("intermediate file", tensors=drop_decoder_quantizers),
-    "a layer without quantizer": Bad(f"'{CONV}' has no 'weight_quantizer.alpha'", tensors=drop(f"{CONV}.weight_quantizer")),
+    "a layer without quantizer": Bad(
+        f"'{CONV}' has no 'weight_quantizer.alpha'", tensors=drop(f"{CONV}.weight_quantizer")
+    ),
     "no activation zero point": Bad(
         f"'{CONV}.act_quantizer.zero_point' is missing", tensors=drop(f"{CONV}.act_quantizer.zero_point")
     ),
-    "one layer without activations": Bad(f"'{CONV}.act_quantizer.delta' is missing", tensors=drop(f"{CONV}.act_quantizer")),
-    "no softmax quantizer": Bad(f"'{ATTN}.act_quantizer_w.delta' is missing", tensors=drop(f"{ATTN}.act_quantizer_w")),
-    "half a split": Bad(
-        "has 2 weight but 1 activation quantizers", tensors=drop(f"{SKIP}.act_quantizer_0")
+    "one layer without activations": Bad(
+        f"'{CONV}.act_quantizer.delta' is missing", tensors=drop(f"{CONV}.act_quantizer")
     ),
+    "no softmax quantizer": Bad(
+        f"'{ATTN}.act_quantizer_w.delta' is missing", tensors=drop(f"{ATTN}.act_quantizer_w")
+    ),
+    "half a split": Bad("has 2 weight but 1 activation quantizers", tensors=drop(f"{SKIP}.act_quantizer_0")),
     # values
-    "NaN in a weight": Bad(f"tensor '{CONV}.weight' holds 1 NaN", tensors=poke(f"{CONV}.weight", float("nan"))),
-    "infinite bias": Bad(f"tensor '{CONV}.bias' holds 1 NaN or infinite", tensors=poke(f"{CONV}.bias", float("inf"))),
-    "NaN in a step": Bad("act_quantizer.delta' holds 1 NaN", tensors=poke(f"{CONV}.act_quantizer.delta", float("nan"))),
+    "NaN in a weight": Bad(
+        f"tensor '{CONV}.weight' holds 1 NaN", tensors=poke(f"{CONV}.weight", float("nan"))
+    ),
+    "infinite bias": Bad(
+        f"tensor '{CONV}.bias' holds 1 NaN or infinite", tensors=poke(f"{CONV}.bias", float("inf"))
+    ),
+    "NaN in a step": Bad(
+        "act_quantizer.delta' holds 1 NaN", tensors=poke(f"{CONV}.act_quantizer.delta", float("nan"))
+    ),
     "NaN in a code": Bad("alpha' holds", tensors=poke(f"{CONV}.weight_quantizer.alpha", float("nan"))),
     "a step of zero": Bad("holds a step of 0", tensors=put(f"{CONV}.act_quantizer.delta", 0.0)),
     "half a zero point": Bad("no whole number", tensors=put(f"{CONV}.act_quantizer.zero_point", 12.5)),
-    "integers": Bad("expected a floating type", tensors=put(f"{CONV}.weight", torch.ones(12, 12, 3, 3, dtype=torch.int8))),
+    "integers": Bad(
+        "expected a floating type", tensors=put(f"{CONV}.weight", torch.ones(12, 12, 3, 3, dtype=torch.int8))
+    ),
     # shapes and architecture
     "codes of another shape": Bad(
-        "the shapes contradict each other", tensors=put(f"{CONV}.weight_quantizer.alpha", torch.ones(12, 6, 3, 3))
+        "the shapes contradict each other",
+        tensors=put(f"{CONV}.weight_quantizer.alpha", torch.ones(12, 6, 3, 3)),
     ),
     "steps of another shape": Bad(
         "expected \\(12, 1, 1, 1\\)", tensors=put(f"{CONV}.weight_quantizer.delta", torch.ones(12))
     ),
-    "a step for every row": Bad("expected a single value", tensors=put(f"{CONV}.act_quantizer.delta", torch.ones(2))),
-    "no weight": Bad(f"tensor '{CONV}.weight' is missing", tensors=without(f"{CONV}.weight")),
-    "a strange module": Bad("is not part of LDM's UNetModel", tensors=renamed("model.time_embed.2", "model.time_embed.4")),
-    "a block missing": Bad("no parameters in block 2", tensors=drop("output_blocks.2.")),
-    "wider model": Bad(
-        "another architecture", tensors=put("model.out.0.weight", torch.ones(24)), code=4
+    "a step for every row": Bad(
+        "expected a single value", tensors=put(f"{CONV}.act_quantizer.delta", torch.ones(2))
     ),
+    "no weight": Bad(f"tensor '{CONV}.weight' is missing", tensors=without(f"{CONV}.weight")),
+    "a strange module": Bad(
+        "is not part of LDM's UNetModel", tensors=renamed("model.time_embed.2", "model.time_embed.4")
+    ),
+    "a block missing": Bad("no parameters in block 2", tensors=drop("output_blocks.2.")),
+    "wider model": Bad("another architecture", tensors=put("model.out.0.weight", torch.ones(24)), code=4),
     "another model's weights": Bad(
         "are not those the checkpoint was calibrated on", tensors=shift_weights, code=4
     ),
@@ -152,56 +174,91 @@ BAD: dict[str, Bad] = {
     "recipe says W8": Bad("weight_bits: the recipe says 8, sampling_config.yaml", options={"weight_bits": 8}),
     "recipe says W8, no record": Bad(
         "weight_bits is given as 8, the weights and their steps fit 4",
-        options={"weight_bits": 8, "activation_bits": 8, "softmax_bits": 16}, record=lambda text: None,
+        options={"weight_bits": 8, "activation_bits": 8, "softmax_bits": 16},
+        record=lambda text: None,
     ),
     "recipe says W3": Bad(
-        "weight_bits is given as 3", options={"weight_bits": 3, "activation_bits": 8, "softmax_bits": 16}, record=lambda t: None
+        "weight_bits is given as 3",
+        options={"weight_bits": 3, "activation_bits": 8, "softmax_bits": 16},
+        record=lambda t: None,
     ),
-    "record says W8": Bad("weight_bits is given as 8", record=lambda text: text.replace("weight_bit: 4", "weight_bit: 8")),
+    "record says W8": Bad(
+        "weight_bits is given as 8", record=lambda text: text.replace("weight_bit: 4", "weight_bit: 8")
+    ),
     "A16 for A8": Bad(
         "no zero point of .* exceeds",
-        options={"activation_bits": 16, "softmax_bits": 16}, record=lambda text: None,
+        options={"activation_bits": 16, "softmax_bits": 16},
+        record=lambda text: None,
     ),
     "A6 for A8": Bad(
-        "beyond the last code 63", options={"activation_bits": 6, "softmax_bits": 16}, record=lambda text: None
+        "beyond the last code 63",
+        options={"activation_bits": 6, "softmax_bits": 16},
+        record=lambda text: None,
     ),
     "A8 for A16": Bad(
-        "beyond the last code 255", case="w4a16",
-        options={"activation_bits": 8, "softmax_bits": 16}, record=lambda text: None,
+        "beyond the last code 255",
+        case="w4a16",
+        options={"activation_bits": 8, "softmax_bits": 16},
+        record=lambda text: None,
     ),
     "softmax 8 for 16": Bad(
-        "the steps belong to more bits", options={"activation_bits": 8, "softmax_bits": 8}, record=lambda text: None
+        "the steps belong to more bits",
+        options={"activation_bits": 8, "softmax_bits": 8},
+        record=lambda text: None,
     ),
     "softmax 16 for 8": Bad(
-        "the steps belong to fewer bits", case="w8a8",
-        options={"activation_bits": 8, "softmax_bits": 16}, record=lambda text: None,
+        "the steps belong to fewer bits",
+        case="w8a8",
+        options={"activation_bits": 8, "softmax_bits": 16},
+        record=lambda text: None,
     ),
     "symmetric, which it is not": Bad("symmetric is given as true", options={"symmetric": True}),
-    "activations of a weights-only file": Bad("the file holds weights only", case="w4", options={"activation_bits": 8}),
+    "activations of a weights-only file": Bad(
+        "the file holds weights only", case="w4", options={"activation_bits": 8}
+    ),
     "record without activations": Bad(
         "says quant_act: False", record=lambda text: text.replace("quant_act: true", "quant_act: false")
     ),
     "record with activations": Bad(
-        "says quant_act: True, the file holds weights only", case="w4",
+        "says quant_act: True, the file holds weights only",
+        case="w4",
         record=lambda text: text.replace("quant_act: false", "quant_act: true"),
     ),
-    "record without split": Bad("split: .* says False", record=lambda text: text.replace("split: true", "split: false")),
+    "record without split": Bad(
+        "split: .* says False", record=lambda text: text.replace("split: true", "split: false")
+    ),
     "record with split": Bad("no split shortcut", tensors=unsplit),
-    "record with another type": Bad("act_bit: expected int", record=lambda text: text.replace("act_bit: 8", "act_bit: eight")),
-    "no activation bits": Bad("activation_bits is unknown", options={"weight_bits": 4}, record=lambda text: None),
+    "record with another type": Bad(
+        "act_bit: expected int", record=lambda text: text.replace("act_bit: 8", "act_bit: eight")
+    ),
+    "no activation bits": Bad(
+        "activation_bits is unknown", options={"weight_bits": 4}, record=lambda text: None
+    ),
     "no softmax bits": Bad(
         "softmax_bits is unknown", options={"activation_bits": 8}, record=lambda text: None
     ),
-    "record is silent on softmax": Bad("softmax_bits is unknown", record=lambda text: text.replace("sm_abit: 16\n", "")),
+    "record is silent on softmax": Bad(
+        "softmax_bits is unknown", record=lambda text: text.replace("sm_abit: 16\n", "")
+    ),
 }
 
 
 def make(bad: Bad, golden: Path, tmp_path: Path) -> Path:
     if bad.case == "ptqd":
         tensors = torch.load(golden / "qdiffusion" / "w4a8" / "ckpt.pth", weights_only=True)
-        unlike = (".act_quantizer.zero_point", "weight_quantizer.delta", "weight_quantizer.zero_point", "quantizer_0")
-        left = {n: t for n, t in tensors.items() if not any(part in n for part in (*unlike, "act_quantizer_"))}
-        torch.save({n: t for n, t in left.items() if "skip_connection.w" not in n or n.endswith(".weight")}, tmp_path / "ckpt.pth")
+        unlike = (
+            ".act_quantizer.zero_point",
+            "weight_quantizer.delta",
+            "weight_quantizer.zero_point",
+            "quantizer_0",
+        )
+        left = {
+            n: t for n, t in tensors.items() if not any(part in n for part in (*unlike, "act_quantizer_"))
+        }
+        torch.save(
+            {n: t for n, t in left.items() if "skip_connection.w" not in n or n.endswith(".weight")},
+            tmp_path / "ckpt.pth",
+        )
         return tmp_path / "ckpt.pth"
     source = golden / "qdiffusion" / bad.case
     path = tmp_path / "ckpt.pth"
@@ -241,7 +298,9 @@ def test_bad_checkpoint(
     assert code == bad.code, captured.err
     assert re.search(bad.says, captured.err), captured.err
     assert "executed" not in captured.out
-    assert str(path) in captured.err or "sampling_config.yaml" in captured.err, "the message does not name the file"
+    assert str(path) in captured.err or "sampling_config.yaml" in captured.err, (
+        "the message does not name the file"
+    )
     assert not out.exists()
     assert not list(tmp_path.glob(".out*")), "something half-written was left behind"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+
+from qlip_plugins import load_base_quantizer
 from qlip_plugins.cli import main
 from qlip_plugins.errors import RecipeError
 from qlip_plugins.recipe import ActivationBits, Recipe, find_recipe, json_schema, shipped_recipes
-
-from qlip_plugins import load_base_quantizer
 
 GOOD = """\
 schema_version: 1
@@ -49,7 +49,7 @@ def test_a_good_recipe(tmp_path: Path) -> None:
     assert recipe.model.pipeline == "some/pipeline"
     assert recipe.base.model_dump()["checkpoint"] == tmp_path / "ckpt.pth"
     with pytest.raises(ValidationError, match="frozen"):
-        recipe.attention = "controlled"
+        recipe.attention = "controlled"  # type: ignore[misc]
 
 
 def test_an_explicit_null_differs_from_an_option_left_out(tmp_path: Path) -> None:
@@ -117,62 +117,118 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "two documents": (GOOD + "---\n" + GOOD, [r":\d+: not YAML: "]),
     "anchor": (replace("low: 8", "low: &x 8"), [r":11: anchors and aliases are not part of a recipe"]),
     "alias bomb": ("a: &a [1]\nb: [*a, *a]\n", [r":1: anchors and aliases"]),
-    "tag": (replace("adapter: qdiffusion", "adapter: !!python/name:os.system"), [r":5: the tag .* is not part"]),
+    "tag": (
+        replace("adapter: qdiffusion", "adapter: !!python/name:os.system"),
+        [r":5: the tag .* is not part"],
+    ),
     "deep": (DEEP, [r":1: nested more than 32 deep"]),
     "large": ("# " + "x" * (1 << 20), [r":1: a recipe has at most 1048576 bytes"]),
     "unknown key": (
         replace("  checkpoint:", "  chekpoint:"),
-        [r":4: base: the key 'checkpoint' is missing", r":6: base\.chekpoint: unknown key; did you mean 'checkpoint'\?"],
+        [
+            r":4: base: the key 'checkpoint' is missing",
+            r":6: base\.chekpoint: unknown key; did you mean 'checkpoint'\?",
+        ],
     ),
-    "unknown section": (GOOD + "controler: x\n", [r":17: controler: unknown key; did you mean 'controller'\?"]),
+    "unknown section": (
+        GOOD + "controler: x\n",
+        [r":17: controler: unknown key; did you mean 'controller'\?"],
+    ),
     "unknown and unlike": (GOOD + "zzz: 1\n", [r":17: zzz: unknown key \(known: schema_version, "]),
-    "missing model": (replace("model:\n  pipeline: some/pipeline\n", ""), [r":1: the key 'model' is missing"]),
+    "missing model": (
+        replace("model:\n  pipeline: some/pipeline\n", ""),
+        [r":1: the key 'model' is missing"],
+    ),
     "missing base": (re.sub(r"base:\n(  .*\n)+", "", GOOD), [r":1: the key 'base' is missing"]),
-    "missing controller": (re.sub(r"controller:\n(  .*\n)+", "", GOOD), [r":1: the key 'controller' is missing"]),
-    "missing menu": (replace("activation_bits: {low: 8, medium: 16, high: 32}\n", ""), [r":1: the key 'activation_bits' is"]),
+    "missing controller": (
+        re.sub(r"controller:\n(  .*\n)+", "", GOOD),
+        [r":1: the key 'controller' is missing"],
+    ),
+    "missing menu": (
+        replace("activation_bits: {low: 8, medium: 16, high: 32}\n", ""),
+        [r":1: the key 'activation_bits' is"],
+    ),
     "no adapter": (replace("  adapter: qdiffusion\n", ""), [r":4: base: the key `adapter` is missing"]),
-    "base is a word": (re.sub(r"base:\n(  .*\n)+", "base: qdiffusion\n", GOOD), [r":4: base: a section with the key `adapter`"]),
+    "base is a word": (
+        re.sub(r"base:\n(  .*\n)+", "base: qdiffusion\n", GOOD),
+        [r":4: base: a section with the key `adapter`"],
+    ),
     "unknown adapter": (
         replace("adapter: qdiffusion", "adapter: qdifusion"),
         [r":4: base: no base quantizer 'qdifusion'; did you mean 'qdiffusion'\? \(installed: .*qdiffusion"],
     ),
     "unknown backend": (
-        replace("backend: torch", "backend: trch"), [r":10: backend: no backend 'trch'; did you mean 'torch'\?"]
+        replace("backend: torch", "backend: trch"),
+        [r":10: backend: no backend 'trch'; did you mean 'torch'\?"],
     ),
-    "duplicate section": (GOOD + "backend: torch\n", [r":17: backend: duplicate key, first given in line 10"]),
+    "duplicate section": (
+        GOOD + "backend: torch\n",
+        [r":17: backend: duplicate key, first given in line 10"],
+    ),
     "duplicate option": (
         replace("  weight_bits: 4\n", "  weight_bits: 4\n  weight_bits: 8\n"),
         [r":8: base\.weight_bits: duplicate key, first given in line 7"],
     ),
-    "version": (replace("schema_version: 1", "schema_version: 2"), [r":1: schema_version: Input should be 1, found 2"]),
+    "version": (
+        replace("schema_version: 1", "schema_version: 2"),
+        [r":1: schema_version: Input should be 1, found 2"],
+    ),
     "menu order": (
         replace("{low: 8, medium: 16, high: 32}", "{low: 16, medium: 8, high: 32}"),
         [r":11: activation_bits: need low < medium < high, found 16, 8, 32"],
     ),
-    "menu width": (replace("high: 32", "high: 64"), [r":11: activation_bits\.high: .*less than or equal to 32, found 64"]),
-    "menu of words": (replace("low: 8", "low: eight"), [r":11: activation_bits\.low: .*valid integer, found 'eight'"]),
-    "quoted number": (replace("weight_bits: 4", "weight_bits: '4'"), [r":7: base\.weight_bits: .*valid integer, found '4'"]),
+    "menu width": (
+        replace("high: 32", "high: 64"),
+        [r":11: activation_bits\.high: .*less than or equal to 32, found 64"],
+    ),
+    "menu of words": (
+        replace("low: 8", "low: eight"),
+        [r":11: activation_bits\.low: .*valid integer, found 'eight'"],
+    ),
+    "quoted number": (
+        replace("weight_bits: 4", "weight_bits: '4'"),
+        [r":7: base\.weight_bits: .*valid integer, found '4'"],
+    ),
     "fraction": (replace("weight_bits: 4", "weight_bits: 4.5"), [r":7: base\.weight_bits: .*found 4.5"]),
     "yes is no boolean": (
-        replace("keep_calibrated: true", "keep_calibrated: yes"), [r":12: ranges\.keep_calibrated: .*boolean, found 'yes'"]
+        replace("keep_calibrated: true", "keep_calibrated: yes"),
+        [r":12: ranges\.keep_calibrated: .*boolean, found 'yes'"],
     ),
-    "weights of one bit": (replace("weight_bits: 4", "weight_bits: 1"), [r":7: base\.weight_bits: .*greater than or equal to 2"]),
+    "weights of one bit": (
+        replace("weight_bits: 4", "weight_bits: 1"),
+        [r":7: base\.weight_bits: .*greater than or equal to 2"],
+    ),
     "both ranges": (
-        replace("{keep_calibrated: true}", "{keep_calibrated: true, table: r.safetensors}"), [r":12: ranges: give exactly one"]
+        replace("{keep_calibrated: true}", "{keep_calibrated: true, table: r.safetensors}"),
+        [r":12: ranges: give exactly one"],
     ),
     "no range": (replace("{keep_calibrated: true}", "{}"), [r":12: ranges: give exactly one"]),
-    "attention": (replace("attention: base", "attention: all"), [r":13: attention: .*'base' or 'controlled', found 'all'"]),
+    "attention": (
+        replace("attention: base", "attention: all"),
+        [r":13: attention: .*'base' or 'controlled', found 'all'"],
+    ),
     "controller kind": (replace("kind: static", "kind: statc"), [r":14: controller: .*'statc'.*'static'"]),
     "controller without kind": (replace("  kind: static\n", ""), [r":14: controller: "]),
-    "another kind's option": (replace("  bits: 8", "  path: x"), [r":14: controller: the key 'bits'", r":16: controller\.path: unknown key"]),
-    "empty path": (replace("checkpoint: ckpt.pth", "checkpoint: ''"), [r":6: base\.checkpoint: a path is needed"]),
+    "another kind's option": (
+        replace("  bits: 8", "  path: x"),
+        [r":14: controller: the key 'bits'", r":16: controller\.path: unknown key"],
+    ),
+    "empty path": (
+        replace("checkpoint: ckpt.pth", "checkpoint: ''"),
+        [r":6: base\.checkpoint: a path is needed"],
+    ),
     "no such package": (
-        replace("checkpoint: ckpt.pth", "checkpoint: package://nowhere/c.pth"), [r":6: base\.checkpoint: no installed package 'nowhere'"]
+        replace("checkpoint: ckpt.pth", "checkpoint: package://nowhere/c.pth"),
+        [r":6: base\.checkpoint: no installed package 'nowhere'"],
     ),
     "out of a package": (
-        replace("checkpoint: ckpt.pth", "checkpoint: package://qlip_recipes/../x.pth"), [r":6: .*must stay inside its package"]
+        replace("checkpoint: ckpt.pth", "checkpoint: package://qlip_recipes/../x.pth"),
+        [r":6: .*must stay inside its package"],
     ),
-    "long number": (replace("weight_bits: 4", "weight_bits: " + "9" * 5000), [r":7: a number of 5000 digits"]),
+    "long number": (
+        replace("weight_bits: 4", "weight_bits: " + "9" * 5000),
+        [r":7: a number of 5000 digits"],
+    ),
     "everything at once": (
         "schema_version: 3\nmodle: {}\nbase: {adapter: qdiffusion, weight_bit: 4}\nbackend: x\n"
         "activation_bits: {low: 9, medium: 8, high: 7}\ncontroller: {kind: static, bits: 99}\ncontroller: {}\n",

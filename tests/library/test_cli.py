@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from qlip_plugins.cli import main
-from qlip_plugins.recipe import Recipe
 
 from qlip_plugins import BitPlan, load_base_quantizer
+from qlip_plugins.cli import main
+from qlip_plugins.recipe import Recipe
 
 SAMPLING = ["--steps", "4", "--guidance", "3"]
 
 
-@pytest.mark.parametrize(("case", "bits", "acts"), [("w4a8", 4, 8), ("w8a8", 8, 8), ("w4a16", 4, 16), ("w4", 4, None)])
+@pytest.mark.parametrize(
+    ("case", "bits", "acts"), [("w4a8", 4, 8), ("w8a8", 8, 8), ("w4a16", 4, 16), ("w4", 4, None)]
+)
 def test_inspect(
     golden: Path, capsys: pytest.CaptureFixture[str], case: str, bits: int, acts: int | None, tmp_path: Path
 ) -> None:
@@ -61,7 +63,17 @@ def test_inspect_of_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    command = ["generate", "golden-w4a8", "--prompt", "row 12", "--prompt", "row 21", *SAMPLING, "--out", str(out)]
+    command = [
+        "generate",
+        "golden-w4a8",
+        "--prompt",
+        "row 12",
+        "--prompt",
+        "row 21",
+        *SAMPLING,
+        "--out",
+        str(out),
+    ]
     assert main([*command, "--json"]) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)
@@ -71,7 +83,15 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = BitPlan.load(out / "plan.safetensors")
     assert plan.digest() == report["plan_digest"]
     assert [row["fab"] for row in report["prompts"]] == pytest.approx(plan.fab())
-    names = {"000.png", "001.png", "000-bits.png", "001-bits.png", "plan.safetensors", "report.json", "report.txt"}
+    names = {
+        "000.png",
+        "001.png",
+        "000-bits.png",
+        "001-bits.png",
+        "plan.safetensors",
+        "report.json",
+        "report.txt",
+    }
     assert {path.name for path in out.iterdir()} == names
     with Image.open(out / "000.png") as image:
         assert image.size == (4 * 128 + 3 * 4, 128 + 16)
@@ -116,13 +136,19 @@ def test_generate_does_not_overwrite_what_is_not_its_own(
 
 def test_fit_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "r.safetensors"
-    assert main(["fit-ranges", "golden-w4a8", "--prompt", "row 40", *SAMPLING, "--out", str(out), "--json"]) == 0
+    assert (
+        main(["fit-ranges", "golden-w4a8", "--prompt", "row 40", *SAMPLING, "--out", str(out), "--json"]) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert (found["quantizers"], found["widths"]) == (119, [8, 16])
     recipe = tmp_path / "r.yaml"
     shipped = subprocess_free_show(capsys)
-    recipe.write_text(shipped.replace("package://qlip_recipes/golden_w4a8/ranges.safetensors", "r.safetensors"))
-    assert main(["generate", str(recipe), "--prompt", "row 1", *SAMPLING, "--out", str(tmp_path / "out")]) == 0
+    recipe.write_text(
+        shipped.replace("package://qlip_recipes/golden_w4a8/ranges.safetensors", "r.safetensors")
+    )
+    assert (
+        main(["generate", str(recipe), "--prompt", "row 1", *SAMPLING, "--out", str(tmp_path / "out")]) == 0
+    )
     assert main(["fit-ranges", "golden-w4a8", "--prompt", "row 40", "--out", str(tmp_path / "r.txt")]) == 2
 
 

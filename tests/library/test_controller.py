@@ -18,17 +18,17 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
 )
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
 from golden_model import GoldenModel
+from qlip_plugins import BitPlan, apply, load_backend
 from qlip_plugins.embeddings import PromptEmbeddings
 from qlip_plugins.errors import BitsError, IncompatibleModelError, RecipeError
 from qlip_plugins.layers import controlled
 from qlip_plugins.recipe import ActivationBits, QlipController, Recipe, StaticController, TableController
 from qlip_plugins.state import CalibratedState
 from qlip_plugins.text_to_bits import TextToBits, TextToBitsConfig
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from qlip_plugins import BitPlan, apply, load_backend
 
 SHIPPED = "golden-w4a8"
 TIMESTEPS = (901.0, 801.0, 701.0, 601.0, 501.0, 401.0, 301.0, 201.0, 101.0, 1.0)
@@ -158,10 +158,14 @@ def test_guidance_halves_share_bits_and_images_share_their_prompt_s(model: Golde
     pipe = model.pipe()
     seen: list[Any] = []
     with apply(pipe, SHIPPED) as controller:
-        name = controller.quantizers
-        layer: Any = name["down_blocks.0.resnets.0.conv1"]
+        layer: Any = controller.quantizers["down_blocks.0.resnets.0.conv1"]
         original = layer.set_bits
-        layer.set_bits = lambda bits: (seen.append(bits), original(bits))
+
+        def set_bits(bits: Any) -> None:
+            seen.append(bits)
+            original(bits)
+
+        layer.set_bits = set_bits
         sample(pipe, "row 12", "row 21")
         guided = [bits for bits in seen if isinstance(bits, Tensor)]
         assert guided
@@ -420,7 +424,9 @@ def texted(model: GoldenModel, tokenizer: CLIPTokenizer, tmp_path: Path) -> tupl
     shipped = Recipe.load(SHIPPED)
     assert isinstance(shipped.controller, QlipController)
     old = TextToBits.from_pretrained(shipped.controller.path)
-    config = TextToBitsConfig.model_validate({**old.config.model_dump(), "pooling": "eos", "menu": old.config.menu})
+    config = TextToBitsConfig.model_validate(
+        {**old.config.model_dump(), "pooling": "eos", "menu": old.config.menu}
+    )
     torch.manual_seed(1)
     new = TextToBits(config)
     new.q2b.load_state_dict(old.q2b.state_dict())
@@ -432,8 +438,6 @@ def texted(model: GoldenModel, tokenizer: CLIPTokenizer, tmp_path: Path) -> tupl
         last.bias.sub_(raw.min()).div_(raw.max() - raw.min())
     new.save_pretrained(tmp_path / "controller")
     return pipe, changed(controller=QlipController(kind="qlip", path=tmp_path / "controller"))
-
-
 
 
 def text_sample(pipe: Any, prompts: list[str], **options: Any) -> Tensor:
@@ -495,7 +499,9 @@ def test_embeddings_from_elsewhere_are_refused(texted: tuple[Any, Recipe]) -> No
     states = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
     with apply(pipe, recipe):
         text_sample(pipe, ["a cat"])
-        with pytest.raises(IncompatibleModelError, match="are not those that the pipeline's text encoder gave"):
+        with pytest.raises(
+            IncompatibleModelError, match="are not those that the pipeline's text encoder gave"
+        ):
             pipe(
                 prompt_embeds=states,
                 negative_prompt_embeds=states,

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+
 from golden_model import GoldenModel
+from qlip_plugins import bitops
 from qlip_plugins.errors import BitsError
 from qlip_plugins.layers import controlled, count_by_kind, kind_of
 from qlip_plugins.metrics import MacCounts, cost_of, count_macs
 from qlip_plugins.plan import BitPlan
 from qlip_plugins.state import CalibratedState
-
-from qlip_plugins import bitops
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,9 @@ def bk_sdm_tiny() -> tuple[Any, dict[str, Any]]:
 def test_macs_of_bk_sdm_tiny(bk_sdm_tiny: Any) -> None:
     counts = count_macs(*bk_sdm_tiny)
     assert sum(counts.layers.values()) + counts.norms == 205_035_274_240
-    convolutions = sum(m for n, m in counts.layers.items() if len(bk_sdm_tiny[0].get_submodule(n).weight.shape) == 4)
+    convolutions = sum(
+        m for n, m in counts.layers.items() if len(bk_sdm_tiny[0].get_submodule(n).weight.shape) == 4
+    )
     assert convolutions / 1e9 == pytest.approx(136.200, abs=5e-4)
     assert counts.norms / 1e9 == pytest.approx(0.0826, abs=5e-5)
     assert 2 * sum(counts.products.values()) / 1e9 == pytest.approx(37.8, abs=0.05)
@@ -58,7 +60,9 @@ def test_published_bitops(bk_sdm_tiny: Any, weight_bits: int, activation_bits: f
     assert f"{bitops(unet, call, weight_bits, activation_bits):.2f}" == published
     # Guidance doubles the batch, and the paper's count does not.
     doubled = {key: torch.cat([value, value]) for key, value in call.items()}
-    assert bitops(unet, doubled, weight_bits, activation_bits) == bitops(unet, call, weight_bits, activation_bits)
+    assert bitops(unet, doubled, weight_bits, activation_bits) == bitops(
+        unet, call, weight_bits, activation_bits
+    )
 
 
 def test_a_mapping_with_the_published_mean(bk_sdm_tiny: Any) -> None:
@@ -118,7 +122,13 @@ def test_k_by_kind(states: dict[str, CalibratedState]) -> None:
     }
     assert len(controlled(names, attention=True)) == len(k) + 32
     left = set(names) - set(controlled(names, attention=True))
-    assert {kind_of(name) for name in left} == {"conv_in", "conv_out", "time_embedding", "shortcut", "downsample"}
+    assert {kind_of(name) for name in left} == {
+        "conv_in",
+        "conv_out",
+        "time_embedding",
+        "shortcut",
+        "downsample",
+    }
     assert "other" not in {kind_of(name) for name in names}
 
 

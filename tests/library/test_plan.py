@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from qlip_plugins.errors import ArtefactError, BitsError
 
 from qlip_plugins import BitPlan
+from qlip_plugins.errors import ArtefactError, BitsError
 
 LAYERS = ("down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.conv1", "up_blocks.1.resnets.0.conv1")
 
@@ -65,7 +65,9 @@ def test_damaged_plans(tmp_path: Path) -> None:
     from qlip_plugins.grids import Ranges
 
     Ranges(fingerprint="x").save(tmp_path / "r.safetensors")
-    with pytest.raises(ArtefactError, match="expected a file of 'qlip-plugins plan', found 'qlip-plugins ranges'"):
+    with pytest.raises(
+        ArtefactError, match="expected a file of 'qlip-plugins plan', found 'qlip-plugins ranges'"
+    ):
         BitPlan.load(tmp_path / "r.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     with pytest.raises(ArtefactError, match="damaged or not safetensors"):
@@ -77,5 +79,5 @@ def test_the_picture_shows_steps_across_and_layers_down() -> None:
     colours = {tuple(c) for c in image.reshape(-1, 3)}
     assert len(colours) >= 3
     second = np.asarray(plan().draw(1))
-    assert not np.array_equal(image[60:70, 150:], second[60 : 70, 150 : image.shape[1]])
+    assert not np.array_equal(image[60:70, 150:], second[60:70, 150 : image.shape[1]])
     assert isinstance(plan().draw(), Image.Image)

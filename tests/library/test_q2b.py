@@ -7,9 +7,11 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
 from qlip_plugins.errors import ArtefactError, IncompatibleModelError
 from qlip_plugins.q2b import Q2B, choose
 from qlip_plugins.recipe import ActivationBits
@@ -23,7 +25,9 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def equations(q: float, s: float, o: float, p_m: float, p_h: float, early: bool) -> tuple[float, float, float]:
+def equations(
+    q: float, s: float, o: float, p_m: float, p_h: float, early: bool
+) -> tuple[float, float, float]:
     p_q = 1.0 if early else sigmoid((q - 0.5) * s + o)
     return (1 - p_q) * (1 - p_m), (1 - p_q) * p_m + p_q * (1 - p_h), p_q * p_h
 
@@ -147,8 +151,9 @@ def controller(seed: int = 0) -> TextToBits:
         for parameter in model.q2b.parameters():
             parameter.normal_()  # untied thresholds
         model.q2b.slope.fill_(20)
-        model.t2q.layers[-1].weight.mul_(20)
-        model.t2q.layers[-1].bias.fill_(0.5)
+        last: Any = model.t2q.layers[-1]
+        last.weight.mul_(20)
+        last.bias.fill_(0.5)
     return model
 
 
@@ -188,7 +193,10 @@ def test_a_controller_is_a_folder(tmp_path: Path) -> None:
         (lambda c, f: (f / "config.json").write_text("{"), "not JSON|not a controller"),
         (lambda c, f: (f / "config.json").write_text(json.dumps(c | {"version": 2})), "version"),
         (lambda c, f: (f / "config.json").write_text(json.dumps(c | {"stepz": 4})), "unknown key"),
-        (lambda c, f: (f / "config.json").write_text(json.dumps(c | {"hidden": 9})), "does not fit config.json"),
+        (
+            lambda c, f: (f / "config.json").write_text(json.dumps(c | {"hidden": 9})),
+            "does not fit config.json",
+        ),
         (lambda c, f: (f / "model.safetensors").unlink(), "missing or damaged"),
         (lambda c, f: (f / "model.safetensors").write_bytes(b"x" * 100), "missing or damaged"),
     ],

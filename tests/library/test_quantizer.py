@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qlip_plugins.errors import ArtefactError, BitsError
 from qlip_plugins.grids import ActGrid, GridChoice, Ranges
 from qlip_plugins.quantizer import fake_quantize, one_hot_straight_through, round_straight_through
@@ -10,8 +11,8 @@ from qlip_plugins.quantizer import fake_quantize, one_hot_straight_through, roun
 def written_out(value: float, grid: ActGrid) -> float:
     """The formula of formats.md for one value, in float32 steps, without tensors' broadcasting."""
     step = torch.tensor(grid.scale)
-    code = torch.round(torch.tensor(value) / step) + grid.zero_point
-    code = min(max(float(code), grid.low_code), grid.high_code)
+    rounded = float(torch.round(torch.tensor(value) / step)) + grid.zero_point
+    code = min(max(rounded, grid.low_code), grid.high_code)
     return float((torch.tensor(code) - grid.zero_point) * step)
 
 
@@ -41,14 +42,18 @@ def test_ties_round_to_even() -> None:
 
 def test_half_precision_holds_sixteen_bit_codes() -> None:
     x = torch.tensor([1.0, 0.25], dtype=torch.float16)
-    found = fake_quantize(x, torch.tensor(2.0**-15), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(65535.0))
+    found = fake_quantize(
+        x, torch.tensor(2.0**-15), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(65535.0)
+    )
     assert found.dtype == torch.float16
     assert torch.equal(found, x)
 
 
 def test_gradients_pass_inside_the_range_only() -> None:
     x = torch.tensor([-5.0, 0.3, 5.0], requires_grad=True)
-    fake_quantize(x, torch.tensor(0.1), torch.tensor(10.0), torch.tensor(0.0), torch.tensor(20.0)).sum().backward()
+    fake_quantize(
+        x, torch.tensor(0.1), torch.tensor(10.0), torch.tensor(0.0), torch.tensor(20.0)
+    ).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == pytest.approx([0.0, 1.0, 0.0])
 
@@ -101,7 +106,9 @@ def test_a_range_that_loses_the_signal_is_refused_unless_asked_for() -> None:
         x, *(torch.tensor(float(v)) for v in (grid.scale, grid.zero_point, grid.low_code, grid.high_code))
     )
     choice = GridChoice("down.conv1", wide, Ranges())
-    with pytest.raises(BitsError, match=r"down\.conv1: 8 bits inside the calibrated range .* lose .* of the signal"):
+    with pytest.raises(
+        BitsError, match=r"down\.conv1: 8 bits inside the calibrated range .* lose .* of the signal"
+    ):
         choice.judge(8, x, quantized)
     kept = GridChoice("down.conv1", wide, Ranges(keep_calibrated=True))
     kept.judge(8, x, quantized)
@@ -123,7 +130,10 @@ def test_ranges_come_back_as_they_were_saved(tmp_path: object) -> None:
     from pathlib import Path
 
     path = Path(str(tmp_path)) / "r.safetensors"
-    ranges = Ranges({"a": {4: ActGrid.asymmetric(4, 0.1, 8), 16: ActGrid.asymmetric(16, 1e-5, 0)}, "b": {}}, fingerprint="f")
+    ranges = Ranges(
+        {"a": {4: ActGrid.asymmetric(4, 0.1, 8), 16: ActGrid.asymmetric(16, 1e-5, 0)}, "b": {}},
+        fingerprint="f",
+    )
     ranges.save(path)
     assert Ranges.load(path) == ranges
     path.write_bytes(path.read_bytes()[:-1])

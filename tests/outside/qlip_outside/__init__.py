@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
+
 from qlip_plugins.adapter import AdapterConfig, Inspection
 from qlip_plugins.schema import RecipePath
 from qlip_torch import TorchBackend
@@ -29,10 +30,11 @@ class Outside:
     config_class: ClassVar[type[OutsideConfig]] = OutsideConfig
 
     def load(self, config: OutsideConfig) -> CalibratedState:
+        from safetensors.torch import load_file
+
         from qlip_plugins.errors import ArtefactError
         from qlip_plugins.grids import ActGrid
         from qlip_plugins.state import CalibratedLayer, CalibratedState, WeightPart
-        from safetensors.torch import load_file
 
         if not config.checkpoint.is_file():
             raise ArtefactError(f"{config.checkpoint}: no such file")
