@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+import qlip_plugins
+from qlip_plugins.recipe import Recipe, shipped_recipes
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_version_and_typing_marker() -> None:
+    assert metadata.version("qlip-plugins") == qlip_plugins.__version__
+    for package in ("qlip_plugins", "qlip_qdiffusion", "qlip_torch", "qlip_recipes"):
+        assert resources.files(package).joinpath("py.typed").is_file()
+
+
+def test_entry_points() -> None:
+    groups = {
+        "qlip_plugins.base_quantizers": "qdiffusion",
+        "qlip_plugins.backends": "torch",
+        "console_scripts": "qlip-plugins",
+    }
+    for group, name in groups.items():
+        assert name in metadata.entry_points(group=group).names
+
+
+def test_public_names_are_those_listed() -> None:
+    assert list(qlip_plugins.__all__) == sorted(qlip_plugins.__all__)
+    late = set(qlip_plugins._LATE)
+    assert late < set(qlip_plugins.__all__)
+    for name in set(qlip_plugins.__all__) - late:
+        assert hasattr(qlip_plugins, name)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = qlip_plugins.nonsense
+
+
+def test_import_needs_no_torch() -> None:
+    code = "import sys, qlip_plugins, qlip_qdiffusion, qlip_torch; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_recipes_readme_lists_every_shipped_recipe() -> None:
+    rows = dict(re.findall(r"^\| `(.+?)` \| (.+?) \|$", (ROOT / "recipes" / "README.md").read_text(), re.M))
+    assert rows == {name: Recipe.load(name).description for name in shipped_recipes()}
+
+
+def test_ci_runs_the_readme_s_test_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    for mark in ("demo", "test"):
+        block = re.search(rf"<!-- {mark} -->\n```bash\n(.+)\n```", text)
+        assert block is not None, f"the {mark} command is one line in a fenced block"
+    assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()
