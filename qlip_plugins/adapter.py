@@ -69,11 +69,12 @@ class BaseQuantizer(Protocol):
         """
         ...
 
-    def inspect(self, path: Path) -> Inspection | None:
-        """Say what the file at `path` is, or None when it is not of this adapter's format.
+    def inspect(self, path: Path) -> Inspection:
+        """Say what the file at `path` is.
 
         Raises:
-            ArtefactError: the file is of this format, but damaged.
+            ForeignFormatError: it is of another format; the message says which, where that shows.
+            ArtefactError: it is of this format, but damaged.
         """
         ...
 
@@ -199,9 +200,3 @@ def check_installed(group: str, kind: str, name: str) -> EntryPoint:
 def _load(group: str, kind: str, name: str) -> Any:
     # An adapter's own import error is not ours to hide: it passes through.
     return check_installed(group, kind, name).load()
-
-
-def iter_base_quantizers() -> Iterator[tuple[str, BaseQuantizer]]:
-    """Every installed base quantizer, imported one at a time."""
-    for name in installed(BASE_QUANTIZERS):
-        yield name, load_base_quantizer(name)

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .adapter import iter_base_quantizers
-from .errors import ArtefactError, HostError, QlipError, RecipeError
+from .adapter import BASE_QUANTIZERS, Inspection, installed, load_base_quantizer
+from .errors import ArtefactError, ForeignFormatError, HostError, QlipError, RecipeError
 from .recipe import Recipe, dump, find_recipe, json_schema, shipped_recipes
 
 
@@ -129,14 +129,7 @@ def _positive(text: str) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    found = None
-    for _, adapter in iter_base_quantizers():
-        found = adapter.inspect(options.checkpoint)
-        if found is not None:
-            break
-    if found is None:
-        known = ", ".join(name for name, _ in iter_base_quantizers())
-        raise ArtefactError(f"{options.checkpoint}: no checkpoint of a known format ({known})")
+    found = _recognised(options.checkpoint)
     recipe = _recipe_for(found.base)
     # Layer lists are long: they belong to --json.
     facts = {
@@ -159,6 +152,17 @@ def _inspect(options: argparse.Namespace) -> int:
     text = "\n".join([*shown, "", head, recipe.rstrip()])
     _print({**asdict(found), "recipe": recipe}, text, options.json)
     return 0
+
+
+def _recognised(checkpoint: Path) -> Inspection:
+    """What the first adapter that knows the format says of a file."""
+    reasons = []
+    for name in installed(BASE_QUANTIZERS):
+        try:
+            return load_base_quantizer(name).inspect(checkpoint)
+        except ForeignFormatError as error:
+            reasons.append(f"\n  {name}: {error}")
+    raise ForeignFormatError(f"{checkpoint}: no checkpoint of a known format{''.join(reasons)}")
 
 
 def _recipe_for(base: Any) -> str:

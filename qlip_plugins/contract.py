@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapter import AdapterConfig, Backend, BaseQuantizer, Installed
-from .errors import ArtefactError, BitsError, IncompatibleModelError, QlipError
+from .errors import ArtefactError, BitsError, ForeignFormatError, IncompatibleModelError, QlipError
 from .grids import ActGrid, Ranges
 from .quantizer import fake_quantize
 from .state import SPLIT_SUFFIX, CalibratedLayer, CalibratedState
@@ -418,16 +418,17 @@ def loads_a_whole_state(case: BaseQuantizerCase) -> None:
 
 
 def recognises_its_files(case: BaseQuantizerCase) -> None:
-    """`inspect` knows its own format, and is silent about another's."""
-    found = case.adapter.inspect(case.checkpoint)
-    _require(found is not None and found.format == case.name, "its own checkpoint is not recognised")
-    _require(case.adapter.inspect(case.foreign) is None, "a foreign file is taken for its own")
+    """`inspect` knows its own format, and says of another's that it is foreign."""
+    _require(
+        case.adapter.inspect(case.checkpoint).format == case.name, "its own checkpoint is not recognised"
+    )
+    _expect(ForeignFormatError, lambda: case.adapter.inspect(case.foreign), "a file of another format")
 
 
 def inspection_loads(case: BaseQuantizerCase) -> None:
     """The `base:` section that `inspect` proposes loads the file, unless it says what is unknown."""
     found = case.adapter.inspect(case.checkpoint)
-    if found is not None and not found.unknown:
+    if not found.unknown:
         config_class: Any = case.adapter.config_class
         case.adapter.load(config_class(**found.base))
 

@@ -24,6 +24,12 @@ from .recipe import FULL_PRECISION, QlipController, RangesSection, Recipe, Stati
 from .state import CalibratedState
 from .text_to_bits import TextToBits
 
+# Attribute of a pipeline class -> the rows of its calls under guidance, where they are no two halves.
+_OTHER_LAYOUTS = {
+    "do_perturbed_attention_guidance": "[uncond, cond, perturbed]",
+    "image_guidance_scale": "[cond, image, uncond]",
+}
+
 
 class Planner(Protocol):
     """Makes the plan of a batch of prompts.
@@ -353,6 +359,12 @@ def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
         raise IncompatibleModelError(
             f"{type(pipe).__name__} has no UNet, which is the denoiser this version steers"
         )
+    for attribute, layout in _OTHER_LAYOUTS.items():
+        if hasattr(type(pipe), attribute):
+            raise IncompatibleModelError(
+                f"{type(pipe).__name__} batches its calls as {layout}; this version knows [uncond, cond] only, and "
+                "would give rows another prompt's bits"
+            )
     state = load_base_quantizer(recipe.base.adapter).load(recipe.base)
     state.check_fits(denoiser)
     state.check_same_weights(denoiser)

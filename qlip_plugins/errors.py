@@ -5,6 +5,7 @@
     ├── AdapterNotFoundError    no adapter of that name is installed               exit 2
     ├── BitsError               a bit width or a bit plan cannot be used           exit 2
     ├── ArtefactError           a file is missing, damaged or not what it claims   exit 3
+    │   └── ForeignFormatError  the file is sound, but of another format
     ├── IncompatibleModelError  the file is sound but belongs to another model     exit 4
     └── HostError               an installed package is missing or too old         exit 4
 
@@ -40,6 +41,10 @@ class ArtefactError(QlipError):
     """A file is missing, damaged, or not what it claims to be."""
 
     exit_code = 3
+
+
+class ForeignFormatError(ArtefactError):
+    """A sound file, but of another format than its reader's."""
 
 
 class IncompatibleModelError(QlipError):

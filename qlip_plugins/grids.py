@@ -171,7 +171,6 @@ class GridChoice:
         self.base = base
         self._fitted = ranges.fitted.get(name, {})
         self._keep = ranges.keep_calibrated
-        self._judged: set[int] = set()
         self._losses: dict[int, Tensor] = {}
 
     def grid(self, bits: int) -> ActGrid | None:
@@ -188,10 +187,9 @@ class GridChoice:
             return None
         return self._fitted.get(bits) or self.base.at_width(bits)
 
-    def is_judged(self, bits: int) -> bool:
-        """Whether values at this width need no look: the grid is the base's, fitted, or looked at."""
-        free = bits in (self.base.bits, FULL_PRECISION) or bits in self._fitted
-        return free or (not self._keep and bits in self._judged)
+    def is_sound(self, bits: int) -> bool:
+        """Whether a width needs no look at what it does: it is the base's, 32, or has a fitted range."""
+        return bits in (self.base.bits, FULL_PRECISION) or bits in self._fitted
 
     def judge(self, bits: int, x: Tensor, quantized: Tensor) -> None:
         """Look at what a kept range did to `x`: count it on request, else refuse a lost signal.
@@ -220,7 +218,6 @@ class GridChoice:
                 "Fit a range for this width (`qlip-plugins fit-ranges`, `ranges: {table: FILE}`), or accept "
                 "the loss with `ranges: {keep_calibrated: true}`"
             )
-        self._judged.add(bits)
 
     def losses(self) -> dict[int, tuple[int, int, int]]:
         """`{width: (values seen, clipped, zeroed)}` so far, where the range was kept on request."""

@@ -222,7 +222,8 @@ def cost_of(
 ) -> list[PromptCost]:
     """The cost of each prompt of a plan.
 
-    A timestep that the scheduler visits twice counts once in FAB and twice in BitOPs.
+    A timestep that the scheduler visits twice counts once in FAB and twice in BitOPs; one that it does
+    not visit (img2img starts late) counts in neither.
 
     Args:
         plan: the widths of the controlled quantizers.
@@ -241,7 +242,7 @@ def cost_of(
             widths = {**base_bits, **row}
             for profile in ("paper", "full"):
                 totals[profile] += times * call_bitops(counts, weight_bits, widths.get, profile)
-        bits = plan.bits[prompt].double()
+        bits = torch.stack([plan.at(timestep)[prompt] for timestep in visits]).double()
         costs.append(
             PromptCost(
                 fab=float(bits.mean()) if bits.numel() else math.nan,

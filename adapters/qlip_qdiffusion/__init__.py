@@ -29,7 +29,7 @@ class QDiffusion:
 
         return load(config)
 
-    def inspect(self, path: Path) -> Inspection | None:
+    def inspect(self, path: Path) -> Inspection:
         """See `qlip_plugins.adapter.BaseQuantizer.inspect`."""
         from .inspection import inspect
 

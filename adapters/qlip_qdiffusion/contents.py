@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qlip_plugins.checkpoint import check_finite, read_state_dict
-from qlip_plugins.errors import ArtefactError
+from qlip_plugins.errors import ArtefactError, ForeignFormatError
 
 PREFIX = "model."
 _QUANTIZER = re.compile(
@@ -65,10 +65,6 @@ class Contents:
     def split_layers(self) -> list[str]:
         """The layers whose input channels are quantized in two parts."""
         return [name for name, parts in self.weights.items() if len(parts) > 1]
-
-
-class ForeignFormatError(ArtefactError):
-    """The file is readable, but of another format."""
 
 
 def read_contents(path: Path) -> Contents:

@@ -7,17 +7,14 @@ from typing import Any
 
 from qlip_plugins.adapter import Inspection
 
-from .contents import Contents, ForeignFormatError, read_contents
+from .contents import Contents, read_contents
 from .options import RECORD, possible_weight_bits, read_record
 from .reader import FORMAT, map_names
 
 
-def inspect(path: Path) -> Inspection | None:
+def inspect(path: Path) -> Inspection:
     """See `BaseQuantizer.inspect`."""
-    try:
-        contents = read_contents(path)
-    except ForeignFormatError:
-        return None
+    contents = read_contents(path)
     names = map_names(contents)
     record = read_record(path.parent / RECORD)
     possible = possible_weight_bits(contents)

@@ -140,6 +140,7 @@ def install(denoiser: nn.Module, state: CalibratedState, ranges: Ranges | None) 
     """See `qlip_plugins.adapter.Backend.install`."""
     ranges = ranges or Ranges()
     _refuse_second(denoiser)
+    _refuse_offloaded(denoiser)
     state.check_fits(denoiser)
     attentions = list(dict.fromkeys(name.rpartition(".")[0] for name in state.operands))
     for name in attentions:
@@ -157,6 +158,15 @@ def install(denoiser: nn.Module, state: CalibratedState, ranges: Ranges | None) 
         installed.remove()
         raise
     return installed
+
+
+def _refuse_offloaded(denoiser: nn.Module) -> None:
+    for name, module in denoiser.named_modules():
+        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+            raise IncompatibleModelError(
+                f"{name}: its weights are offloaded by accelerate, which would put the float ones back. Install "
+                "first, then call enable_sequential_cpu_offload()"
+            )
 
 
 def _refuse_second(denoiser: nn.Module) -> None:

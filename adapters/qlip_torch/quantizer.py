@@ -139,7 +139,7 @@ class TorchActQuantizer:
 
     def _judge(self, widths: tuple[int, ...], x: Tensor, out: Tensor) -> None:
         for width in sorted(set(widths)):
-            if not self._grids.is_judged(width):
+            if not self._grids.is_sound(width):
                 rows = [i for i, w in enumerate(widths) if w == width] if len(widths) > 1 else slice(None)
                 self._grids.judge(width, x[rows], out[rows])
 

@@ -370,9 +370,37 @@ def test_a_table_must_cover_the_schedule(model: GoldenModel, tmp_path: Path) -> 
         apply(pipe, changed(controller=TableController(kind="table", plan=path)))
 
 
-def test_pipelines_without_a_unet_are_refused() -> None:
+def test_pipelines_of_another_layout_are_refused(model: GoldenModel) -> None:
     with pytest.raises(IncompatibleModelError, match="has no UNet"):
         apply(object(), SHIPPED)
+
+    class ThreeRows(StableDiffusionPipeline):
+        do_perturbed_attention_guidance = True
+
+    pipe = model.pipe()
+    pipe.__class__ = ThreeRows
+    with pytest.raises(IncompatibleModelError, match=r"batches its calls as \[uncond, cond, perturbed\]"):
+        apply(pipe, SHIPPED)
+
+
+def test_a_run_that_starts_late_counts_the_steps_it_takes(model: GoldenModel) -> None:
+    """As img2img does: the schedule is whole, the calls are its second half."""
+    pipe = model.pipe()
+    states = embeddings("row 12")
+    with apply(pipe, SHIPPED) as controller, torch.no_grad():
+        pipe._guidance_scale = 1.0
+        pipe.scheduler.set_timesteps(10)
+        for timestep in pipe.scheduler.timesteps[6:]:
+            pipe.unet(torch.zeros(1, 4, 8, 8), timestep, encoder_hidden_states=states)
+        report, plan = controller.report(), controller.plan
+    assert plan is not None
+    assert (report.calls, report.steps) == (5, 5)
+    late = plan.bits[0, 5:].double()
+    assert report.prompts[0].fab == pytest.approx(float(late.mean()))
+    assert report.prompts[0].fab < plan.fab()[0]
+
+
+def test_unknown_recipes_are_named() -> None:
     with pytest.raises(RecipeError, match="did you mean 'golden-w4a8'"):
         apply(object(), "golden-w4a")
 

@@ -117,13 +117,13 @@ def test_a_range_that_loses_the_signal_is_refused_unless_asked_for() -> None:
     assert zeroed == int(((x != 0) & (quantized == 0)).sum()) > 3000
 
 
-def test_a_range_that_keeps_the_signal_is_judged_once() -> None:
+def test_only_a_kept_range_needs_a_look() -> None:
     base = ActGrid.asymmetric(8, 0.02, 128)
-    choice = GridChoice("layer", base, Ranges())
+    choice = GridChoice("layer", base, Ranges({"layer": {4: base.at_width(4)}}))
+    assert [choice.is_sound(bits) for bits in (4, 8, 16, 32)] == [True, True, False, True]
     x = torch.linspace(-2, 2, 100)
-    assert not choice.is_judged(16)
     choice.judge(16, x, x)
-    assert choice.is_judged(16)
+    choice.judge(16, torch.zeros(3), torch.zeros(3))
 
 
 def test_ranges_come_back_as_they_were_saved(tmp_path: object) -> None:

@@ -51,9 +51,11 @@ class Outside:
                 layers[name.removesuffix(".weight")] = CalibratedLayer((part,), (grid,))
         return CalibratedState("outside", layers, float_parameters=tensors, source=str(config.checkpoint))
 
-    def inspect(self, path: Path) -> Inspection | None:
+    def inspect(self, path: Path) -> Inspection:
+        from qlip_plugins.errors import ForeignFormatError
+
         if path.suffix != ".safetensors":
-            return None
+            raise ForeignFormatError(f"{path}: not safetensors")
         state = self.load(OutsideConfig(checkpoint=path))
         base = {"adapter": "outside", "checkpoint": str(path)}
         return Inspection("outside", 8, 8, True, len(state.layers), 0, base)
