@@ -21,7 +21,6 @@ _PLAIN = {
     "added_kv_proj_dim": None,
     "residual_connection": False,
     "rescale_output_factor": 1.0,
-    "fused_projections": False,
 }
 
 
@@ -90,7 +89,6 @@ def check_plain(name: str, attn: Any) -> None:
         if value != plain and value is not plain:
             raise IncompatibleModelError(
                 f"{name}: its attention has {attribute}={value!r}, quantized operands need {plain!r}"
-                + (": call unfuse_qkv_projections() first" if attribute == "fused_projections" else "")
             )
 
 
