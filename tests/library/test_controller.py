@@ -374,7 +374,7 @@ def test_pipelines_of_another_layout_are_refused(model: GoldenModel) -> None:
     with pytest.raises(IncompatibleModelError, match="has no UNet"):
         apply(object(), SHIPPED)
 
-    class ThreeRows(StableDiffusionPipeline):
+    class ThreeRows(StableDiffusionPipeline):  # type: ignore[misc]
         do_perturbed_attention_guidance = True
 
     pipe = model.pipe()
