@@ -110,7 +110,7 @@ class ActQuantizer(Protocol):
         ...
 
     def losses(self) -> Mapping[int, tuple[int, int, int]]:
-        """`{width: (values seen, clipped, zeroed)}` where calibrated ranges were kept on request."""
+        """`{width: (values seen, clipped, zeroed)}` since `install`, where the calibrated range was kept."""
         ...
 
 

@@ -162,6 +162,8 @@ def _recognised(checkpoint: Path) -> Inspection:
             return load_base_quantizer(name).inspect(checkpoint)
         except ForeignFormatError as error:
             reasons.append(f"\n  {name}: {error}")
+        except ImportError as error:
+            reasons.append(f"\n  {name}: the adapter cannot be imported: {error}")
     raise ForeignFormatError(f"{checkpoint}: no checkpoint of a known format{''.join(reasons)}")
 
 
@@ -207,7 +209,10 @@ def _recipe_list(options: argparse.Namespace) -> int:
 
 def _recipe_show(options: argparse.Namespace) -> int:
     if options.schema:
-        print(json.dumps(json_schema(), indent=2))
+        schema, broken = json_schema()
+        for name, error in broken.items():
+            _say(f"note: the options of {name!r} are missing, its adapter cannot be imported: {error}")
+        print(json.dumps(schema, indent=2))
         return 0
     path = find_recipe(options.recipe)
     recipe = Recipe.from_yaml(path)

@@ -27,9 +27,11 @@ from .adapter import AdapterConfig, Backend, BaseQuantizer, Installed
 from .errors import ArtefactError, BitsError, ForeignFormatError, IncompatibleModelError, QlipError
 from .grids import ActGrid, Ranges
 from .quantizer import fake_quantize
-from .state import SPLIT_SUFFIX, CalibratedLayer, CalibratedState
+from .state import OPERANDS, SPLIT_SUFFIX, CalibratedLayer, CalibratedState
 
 LAYER_TOLERANCE = 1e-5
+ATTENTION_TOLERANCE = 1e-5
+"""Relative RMS; a 16-bit softmax that is left unquantized differs by more."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,31 @@ def one_handle_each(case: BackendCase) -> None:
 
 
 def exact_at_base(case: BackendCase) -> None:
-    """After `install` every layer computes the checkpoint's arithmetic, written out here, to 1e-5."""
+    """After `install` layers and attentions compute the checkpoint's arithmetic, written out here."""
     with case.installed() as (denoiser, quantizers):
-        _require_layers(case, denoiser, _observe(case, denoiser, quantizers), quantized=True)
+        seen = _observe(case, denoiser, quantizers)
+        _require_layers(case, denoiser, seen, quantized=True)
+        for name in dict.fromkeys(operand.rpartition(".")[0] for operand in case.state.operands):
+            found, expected = seen[f"{name}.to_out.0"], _attend(case, denoiser, name, seen)
+            error = float((found - expected).norm() / expected.norm())
+            _require(
+                error <= ATTENTION_TOLERANCE,
+                f"{name}: its products differ from their definition by {error:.2e}",
+            )
+
+
+@torch.no_grad()
+def _attend(case: BackendCase, denoiser: nn.Module, name: str, seen: Mapping[str, Tensor]) -> Tensor:
+    """What an attention gives to `to_out` by definition: quantize, then scale; softmax; quantize; product."""
+    attention: Any = denoiser.get_submodule(name)
+    heads = [
+        seen[f"{name}.to_{part}|out"].unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in "qkv"
+    ]
+    grids = {operand: case.state.operands[f"{name}.{operand}"] for operand in OPERANDS}
+    q, k, v = (_on_grid(x, grids[part]) for x, part in zip(heads, "qkv", strict=True))
+    weights = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1)
+    joined: Tensor = (_on_grid(weights, grids["softmax"]) @ v).transpose(1, 2).flatten(2)
+    return joined
 
 
 def _require_layers(
@@ -207,7 +231,8 @@ def refuses_bad_bits(case: BackendCase) -> None:
     """Widths outside 2..32, floating ones, and rows that do not match the batch are errors."""
     with case.installed() as (denoiser, quantizers):
         first = next(iter(quantizers.values()))
-        for bad in (1, 33, 0, torch.tensor([8, 33]), torch.tensor([8.0])):
+        bad: Any
+        for bad in (1, 33, 0, 8.7, "8", None, [8], torch.tensor([8, 33]), torch.tensor([8.0])):
             _expect(BitsError, partial(first.set_bits, bad), f"set_bits({bad})")
         first.set_bits(torch.tensor([8] * (case.rows + 1)))
         _expect(BitsError, lambda: case.run(denoiser), "a call with bits for another number of rows")
@@ -256,6 +281,10 @@ def keeps_state_dict_keys(case: BackendCase) -> None:
 def survives_deepcopy(case: BackendCase) -> None:
     """A deepcopy computes the same, on weights and quantizers of its own, or refuses to run."""
     with case.installed() as (denoiser, quantizers):
+        trained = torch.ones(len(case.widths), requires_grad=True).softmax(-1)
+        for quantizer in quantizers.values():
+            quantizer.set_mixture(case.widths, trained)
+        copy.deepcopy(denoiser)  # in the middle of training, too
         _set_all(quantizers, case.widths[0])
         expected = case.run(denoiser)
         copied = copy.deepcopy(denoiser)

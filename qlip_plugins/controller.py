@@ -18,27 +18,25 @@ from .embeddings import EmbeddingSource, EndOfTextState, MeanOfStates
 from .errors import BitsError, IncompatibleModelError
 from .grids import Ranges
 from .layers import controlled, count_by_kind
-from .metrics import MacCounts, PromptCost, cost_of, count_macs
+from .metrics import Cost, MacCounts, Visits, cost_of, count_macs, mean_cost
 from .plan import BitPlan
 from .recipe import FULL_PRECISION, QlipController, RangesSection, Recipe, StaticController, TableController
 from .state import CalibratedState
 from .text_to_bits import TextToBits
 
-# Attribute of a pipeline class -> the rows of its calls under guidance, where they are no two halves.
-_OTHER_LAYOUTS = {
-    "do_perturbed_attention_guidance": "[uncond, cond, perturbed]",
-    "image_guidance_scale": "[cond, image, uncond]",
-}
-
 
 class Planner(Protocol):
     """Makes the plan of a batch of prompts.
 
-    `layers` are the quantizers it sets, `widths` all that it may choose.
+    `layers` are the quantizers it sets; `by_prompt` says whether rows can differ.
     """
 
     layers: tuple[str, ...]
-    widths: frozenset[int]
+    by_prompt: bool
+
+    def widths(self, layer: str) -> frozenset[int]:
+        """The widths that one of its layers may be given."""
+        ...
 
     def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
         """The plan of P prompts with text states `(P, T, D)`, at S distinct timesteps."""
@@ -54,8 +52,13 @@ class FixedPlanner:
 
     def __init__(self, layers: tuple[str, ...], bits: Mapping[str, int]) -> None:
         self.layers = layers
-        self.widths = frozenset(bits[name] for name in layers)
+        self.by_prompt = False
+        self._bits = bits
         self._row = torch.tensor([bits[name] for name in layers], dtype=torch.uint8)
+
+    def widths(self, layer: str) -> frozenset[int]:
+        """See `Planner.widths`."""
+        return frozenset((self._bits[layer],))
 
     def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
         """See `Planner.plan`."""
@@ -79,7 +82,12 @@ class TablePlanner:
             )
         self._table = table
         self.layers = table.layers
-        self.widths = frozenset(int(width) for width in table.bits.unique())
+        self.by_prompt = False
+
+    def widths(self, layer: str) -> frozenset[int]:
+        """See `Planner.widths`."""
+        column = self._table.bits[:, :, self.layers.index(layer)]
+        return frozenset(int(width) for width in column.unique())
 
     def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
         """See `Planner.plan`."""
@@ -97,7 +105,11 @@ class PromptPlanner:
         self._text_to_bits = text_to_bits
         self._source = source
         self.layers = text_to_bits.config.layers
-        self.widths = frozenset(text_to_bits.config.menu.widths)
+        self.by_prompt = True
+
+    def widths(self, layer: str) -> frozenset[int]:
+        """See `Planner.widths`."""
+        return frozenset(self._text_to_bits.config.menu.widths)
 
     def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
         """See `Planner.plan`."""
@@ -120,14 +132,17 @@ class Report:
 
     Args:
         prompts: the cost of each prompt.
+        mean: the mean over the prompts.
         calls: calls of the denoiser.
         steps: distinct timesteps.
         controlled: K by kind of layer.
         plan_digest: SHA-256 of the plan.
-        range_losses: quantizer -> width -> shares clipped and zeroed, where calibrated ranges were kept.
+        range_losses: quantizer -> width -> shares clipped and zeroed, since the recipe was applied, at
+            widths that had to keep the calibrated range.
     """
 
-    prompts: list[PromptCost]
+    prompts: list[Cost]
+    mean: Cost
     calls: int
     steps: int
     controlled: dict[str, int]
@@ -144,13 +159,10 @@ class Report:
             f"K = {sum(self.controlled.values())} controlled quantizers ({kinds})",
             f"{self.steps} steps, {self.calls} calls of the denoiser; BitOPs are simulated",
             "prompt  quality     FAB  FAB by MACs  BitOPs paper (T)  BitOPs full (T)",
+            *(_row(str(index), cost) for index, cost in enumerate(self.prompts)),
         ]
-        for index, cost in enumerate(self.prompts):
-            quality = "      -" if cost.quality is None else f"{cost.quality:7.4f}"
-            lines.append(
-                f"{index:6d}  {quality}  {cost.fab:6.2f}  {cost.fab_mac_weighted:11.2f}  "
-                f"{cost.bitops_paper:16.6g}  {cost.bitops_full:15.6g}"
-            )
+        if len(self.prompts) > 1:
+            lines.append(_row("mean", self.mean))
         for width, (clipped, zeroed, worst) in self._worst_losses().items():
             lines.append(
                 f"calibrated ranges kept at {width} bits: up to {clipped:.1%} clipped, {zeroed:.1%} zeroed ({worst})"
@@ -166,6 +178,16 @@ class Report:
                     worst.get(width, (0.0, 0.0, "")), found, key=lambda item: item[0] + item[1]
                 )
         return dict(sorted(worst.items()))
+
+
+def _row(name: str, cost: Cost) -> str:
+    def number(value: float | None, form: str, width: int) -> str:
+        return f"{'-':>{width}}" if value is None else f"{value:{width}{form}}"
+
+    return (
+        f"{name:>6}  {number(cost.quality, '.4f', 7)}  {number(cost.fab, '.2f', 6)}  "
+        f"{number(cost.fab_mac_weighted, '.2f', 11)}  {cost.bitops_paper:16.6g}  {cost.bitops_full:15.6g}"
+    )
 
 
 class _Steering:
@@ -203,9 +225,9 @@ class BitController:
         self._planner = planner
         self._plan: BitPlan | None = None
         self._seen: tuple[Any, Any] = (None, None)
-        self._rows: dict[float, list[int | Tensor]] = {}
-        self._visits: Counter[float] = Counter()
-        self._shapes: dict[str, Any] = {}
+        self._columns: dict[tuple[float, int], list[int | Tensor]] = {}
+        self._visits: Visits = Counter()
+        self._call: Any = None
         self._signature = inspect.signature(type(self._denoiser).forward)
         self._handle = self._denoiser.register_forward_pre_hook(_Steering(self), with_kwargs=True)
 
@@ -240,8 +262,9 @@ class BitController:
         costs = cost_of(self._plan, self._counts(), self.state.weight_bits(), base_bits, self._visits)
         return Report(
             prompts=costs,
+            mean=mean_cost(costs),
             calls=sum(self._visits.values()),
-            steps=len(self._visits),
+            steps=len({timestep for timestep, _ in self._visits}),
             controlled=count_by_kind(self._plan.layers),
             plan_digest=self._plan.digest(),
             range_losses=self._range_losses(),
@@ -251,48 +274,77 @@ class BitController:
         """Set the bits of one call of the denoiser, by its timestep."""
         call = self._signature.bind(denoiser, *args, **kwargs).arguments
         sample, states = call["sample"], call["encoder_hidden_states"]
-        copies = 2 if getattr(self._pipe, "do_classifier_free_guidance", False) else 1
-        if states.shape[0] != sample.shape[0] or sample.shape[0] % copies:
-            raise IncompatibleModelError(
-                f"a call with {sample.shape[0]} samples and {states.shape[0]} text states under "
-                f"{'guidance' if copies == 2 else 'no guidance'}: their rows cannot be told apart"
-            )
+        copies = self._copies(sample, states)
         self._decide(states, copies)
         timestep = _one_timestep(call["timestep"])
-        if timestep not in self._rows:
-            self._rows[timestep] = self._columns(timestep, copies)
-        for name, bits in zip(self._planner.layers, self._rows[timestep], strict=True):
+        if (timestep, copies) not in self._columns:
+            self._columns[timestep, copies] = self._columns_at(timestep, copies)
+        for name, bits in zip(self._planner.layers, self._columns[timestep, copies], strict=True):
             self.quantizers[name].set_bits(bits)
-        self._visits[timestep] += 1
-        self._shapes = {"copies": copies, "rows": sample.shape[0], "call": _shapes_of(call)}
+        self._visits[timestep, copies] += 1
+        self._call = _one_row(_shapes_of(call), sample.shape[0])
+
+    def _copies(self, sample: Tensor, states: Tensor) -> int:
+        """2 where the call's rows are [uncond, cond] halves, else 1.
+
+        The pipeline says whether it guides, and the rows must agree: under guidance both halves denoise
+        the same samples. A pipeline that shares this UNet, or lays its rows out in another way, is
+        found out so, instead of giving rows another prompt's bits.
+        """
+        rows = sample.shape[0]
+        halves_equal = rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
+        guided = getattr(self._pipe, "do_classifier_free_guidance", None)
+        if not self._planner.by_prompt:
+            return 2 if (halves_equal if guided is None else guided) and rows % 2 == 0 else 1
+        if guided is None or bool(guided) != halves_equal or states.shape[0] != rows:
+            said = (
+                "does not say whether it guides"
+                if guided is None
+                else f"says that guidance is {bool(guided)}"
+            )
+            raise IncompatibleModelError(
+                f"which of the call's {rows} rows belong to which prompt is unclear: {type(self._pipe).__name__} "
+                f"{said}, the two halves of the samples are {'equal' if halves_equal else 'not equal'}, and there "
+                f"are {states.shape[0]} text states. Apply the recipe to the pipeline that you call; without "
+                "guidance, give prompts of one batch different noise"
+            )
+        return 2 if guided else 1
 
     def _decide(self, states: Tensor, copies: int) -> None:
         """Make a plan when a generation begins: the pipeline then has new timesteps and text states."""
         timesteps = self._pipe.scheduler.timesteps
         seen_timesteps, seen_states = self._seen
-        if timesteps is seen_timesteps and states is seen_states:
+        if timesteps is seen_timesteps and states is seen_states and self._plan is not None:
             return
+        if timesteps is None:
+            raise IncompatibleModelError(
+                f"{type(self._pipe.scheduler).__name__} has no timesteps yet: call the pipeline, or set_timesteps()"
+            )
         self.quantizers.verify()
         distinct = tuple(dict.fromkeys(float(t) for t in timesteps.tolist()))
         plan = self._planner.plan(states[states.shape[0] // copies * (copies - 1) :], distinct)
         # A callback may swap the text states in mid-run (to end guidance, say): the same generation.
         if timesteps is not seen_timesteps or self._plan is None or plan.digest() != self._plan.digest():
             self._visits = Counter()
-        self._plan, self._seen, self._rows = plan, (timesteps, states), {}
+        self._plan, self._seen, self._columns = plan, (timesteps, states), {}
 
-    def _columns(self, timestep: float, copies: int) -> list[int | Tensor]:
+    def _columns_at(self, timestep: float, copies: int) -> list[int | Tensor]:
         """What to set on each layer: one width, or one for each row of the batch, guidance halves alike."""
         assert self._plan is not None  # _decide has run
         columns = self._plan.at(timestep).int().repeat(copies, 1).unbind(1)
         return [int(c[0]) if bool((c == c[0]).all()) else c for c in columns]
 
     def _counts(self) -> MacCounts:
-        """MACs of one prompt's share of a call, counted on a twin without data."""
-        with torch.device("meta"):
+        """MACs of one row of a call, counted on a twin without data."""
+        # Making the twin must not move the random numbers that pictures are drawn with.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             denoiser: Any = self._denoiser
             twin = type(denoiser).from_config(denoiser.config)
-        share = self._shapes["copies"]
-        return count_macs(twin, _meta(self._shapes["call"], self._shapes["rows"], share))
+        counts = count_macs(twin, _on_meta(self._call))
+        counts.first_parts = {
+            name: layer.split / layer.shape[1] for name, layer in self.state.layers.items() if layer.split
+        }
+        return counts
 
     def _range_losses(self) -> dict[str, dict[int, dict[str, float]]]:
         return {
@@ -312,19 +364,34 @@ class _Shape:
 
 
 def _shapes_of(value: Any) -> Any:
+    """Arguments with every tensor replaced by its shape, so that none is kept alive."""
     if isinstance(value, Tensor):
         return _Shape(tuple(value.shape), value.dtype)
     if isinstance(value, Mapping):
         return {key: _shapes_of(item) for key, item in value.items() if key != "self"}
+    if isinstance(value, list | tuple):
+        return type(value)(_shapes_of(item) for item in value)
     return value
 
 
-def _meta(value: Any, rows: int, share: int) -> Any:
+def _one_row(value: Any, rows: int) -> Any:
+    """The same shapes for a batch of one."""
     if isinstance(value, _Shape):
-        size = (share, *value.size[1:]) if value.size[:1] == (rows,) else value.size
-        return torch.empty(size, dtype=value.dtype, device="meta")
+        return _Shape((1, *value.size[1:]), value.dtype) if value.size[:1] == (rows,) else value
     if isinstance(value, Mapping):
-        return {key: _meta(item, rows, share) for key, item in value.items()}
+        return {key: _one_row(item, rows) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_one_row(item, rows) for item in value)
+    return value
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, _Shape):
+        return torch.empty(value.size, dtype=value.dtype, device="meta")
+    if isinstance(value, Mapping):
+        return {key: _on_meta(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_meta(item) for item in value)
     return value
 
 
@@ -359,12 +426,10 @@ def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
         raise IncompatibleModelError(
             f"{type(pipe).__name__} has no UNet, which is the denoiser this version steers"
         )
-    for attribute, layout in _OTHER_LAYOUTS.items():
-        if hasattr(type(pipe), attribute):
-            raise IncompatibleModelError(
-                f"{type(pipe).__name__} batches its calls as {layout}; this version knows [uncond, cond] only, and "
-                "would give rows another prompt's bits"
-            )
+    if any(isinstance(hook, _Steering) for hook in denoiser._forward_pre_hooks.values()):
+        raise IncompatibleModelError(
+            f"a recipe is applied to this {type(denoiser).__name__} already: remove() its controller first"
+        )
     state = load_base_quantizer(recipe.base.adapter).load(recipe.base)
     state.check_fits(denoiser)
     state.check_same_weights(denoiser)
@@ -446,7 +511,7 @@ def _check_ranges(ranges: Ranges, recipe: Recipe, state: CalibratedState, planne
     if recipe.ranges is None or recipe.ranges.table is None:
         return
     for name in planner.layers:
-        needed = planner.widths - {FULL_PRECISION, state.activations[name].bits}
+        needed = planner.widths(name) - {FULL_PRECISION, state.activations[name].bits}
         lacking = sorted(needed - set(ranges.fitted.get(name, {})))
         if lacking:
             raise IncompatibleModelError(

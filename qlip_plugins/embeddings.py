@@ -70,7 +70,8 @@ class PromptEmbeddings:
             ArtefactError: missing, damaged, or of another kind.
         """
         tensors, header = read_safetensors(path, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION)
-        prompts, states = tuple(json.loads(header["prompts"])), tensors["states"]
+        prompts = tuple(json.loads(header.get("prompts", "[]")))
+        states = tensors.get("states", torch.empty(0))
         if states.ndim != 3 or len(prompts) != states.shape[0] or not states.isfinite().all():
             raise ArtefactError(f"{path}: {len(prompts)} prompts with states of shape {tuple(states.shape)}")
         return cls(prompts, states)

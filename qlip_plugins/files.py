@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,16 +31,22 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_written_whole(path: Path, marker: str) -> Iterator[Path]:
+def folder_written_whole(path: Path, kind: str, marker: str, *owned: str) -> Iterator[Path]:
     """A temporary folder that takes the name `path` when the block ends well.
 
-    An older folder at `path` is replaced only if it holds `marker`, a file that shows it is ours.
+    An older folder there is replaced if it is one of ours and holds nothing else.
+
+    Args:
+        path: the folder to write.
+        kind: what the `format` entry of the marker says in a folder of ours.
+        marker: JSON file that every folder of this kind holds.
+        owned: patterns of the other files that it may hold.
 
     Raises:
         ArtefactError: `path` holds something else, or cannot be written.
     """
-    if path.exists() and not ((path / marker).is_file() or (path.is_dir() and not any(path.iterdir()))):
-        raise ArtefactError(f"{path}: exists and was not written by this command (no {marker}); name another")
+    path = path.resolve()
+    _refuse_others_files(path, kind, marker, owned)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.mkdir(parents=True)
@@ -51,3 +58,24 @@ def folder_written_whole(path: Path, marker: str) -> Iterator[Path]:
         raise ArtefactError(f"{path}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_others_files(path: Path, kind: str, marker: str, owned: tuple[str, ...]) -> None:
+    if not path.exists():
+        return
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    strange = [item.name for item in found if not any(item.match(pattern) for pattern in (marker, *owned))]
+    if not strange and found and _format_of(path / marker) != kind:
+        strange = [marker]
+    if strange:
+        raise ArtefactError(
+            f"{path}: exists and holds {strange[0]!r}, which was not written by this command; name another folder"
+        )
+
+
+def _format_of(marker: Path) -> object:
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("format") if isinstance(content, dict) else None

@@ -16,7 +16,7 @@ from .quantizer import fake_quantize
 from .recipe import FULL_PRECISION
 from .state import CalibratedState
 
-_VALUES_KEPT = 16384
+_VALUES_KEPT = 8192
 _VALUES_A_CALL = 1024
 _SHRINKS = 80
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .controller import BitController, apply
 from .embeddings import PromptEmbeddings
-from .errors import ArtefactError, HostError
+from .errors import ArtefactError, HostError, IncompatibleModelError
 from .files import folder_written_whole
 from .fitting import fit_ranges
 from .grids import Ranges
@@ -25,6 +25,8 @@ from .progress import wanted
 from .recipe import Recipe, StaticController
 
 REPORT_NAME = "report.json"
+REPORT_FORMAT = "qlip-plugins generate"
+_OWNED = ("[0-9][0-9][0-9].png", "[0-9][0-9][0-9]-bits.png", "plan.safetensors", "report.txt")
 _LATENT_SCALE = 16
 
 
@@ -58,8 +60,8 @@ def load_pipeline(recipe: Recipe) -> Any:
         ) from None
     _quieten()
     source = recipe.model.pipeline
-    local = Path(source).is_dir()
-    if not local and Path(source).is_absolute():
+    local = isinstance(source, Path)
+    if local and not Path(source).is_dir():
         raise ArtefactError(f"{source}: no such pipeline folder")
     try:
         # A pipeline with precomputed embeddings may come without an encoder or decoder.
@@ -105,6 +107,11 @@ def sample(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings
         "output_type": "latent" if getattr(pipe, "vae", None) is None else "pil",
     }
     if recipe.model.prompt_embeddings is None:
+        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
+            raise IncompatibleModelError(
+                f"{recipe.model.pipeline}: the pipeline has no tokenizer or no text encoder, so a prompt cannot be "
+                "encoded. Name a file of precomputed embeddings in model.prompt_embeddings"
+            )
         call["prompt"] = list(prompts)
     else:
         table = PromptEmbeddings.load(recipe.model.prompt_embeddings)
@@ -121,14 +128,18 @@ def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Pa
     """
     pipe = load_pipeline(recipe)
     # The folder is checked before the work, so that a wrong one costs nothing.
-    with folder_written_whole(out, REPORT_NAME) as folder, apply(pipe, recipe) as controller:
+    with (
+        folder_written_whole(out, REPORT_FORMAT, REPORT_NAME, *_OWNED) as folder,
+        apply(pipe, recipe) as controller,
+    ):
         images = sample(pipe, recipe, prompts, settings)
         report = _report(recipe, prompts, settings, controller)
         plan = controller.plan
         assert plan is not None  # sampling has called the denoiser
         for index, prompt in enumerate(prompts):
             _picture(images[index], prompt, report).save(folder / f"{index:03d}.png")
-            _draw_plan(plan, index, prompt).save(folder / f"{index:03d}-bits.png")
+            if plan.layers:
+                _draw_plan(plan, index, prompt).save(folder / f"{index:03d}-bits.png")
         plan.save(folder / "plan.safetensors")
         (folder / "report.txt").write_text(f"{controller.report()}\n", encoding="utf-8")
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -161,7 +172,7 @@ def _report(
     report = controller.report().to_dict()
     costs = report.pop("prompts")
     return {
-        "format": "qlip-plugins generate",
+        "format": REPORT_FORMAT,
         "description": recipe.description,
         "settings": asdict(settings),
         "prompts": [{"prompt": prompt, **cost} for prompt, cost in zip(prompts, costs, strict=True)],

@@ -23,8 +23,8 @@ from .recipe import FULL_PRECISION
 RANGES_FORMAT = "qlip-plugins ranges"
 RANGES_VERSION = 1
 
-LOST_SIGNAL = 0.25
-"""Relative squared error at which a kept range counts as useless: 6 dB, one bit of the signal left."""
+LOST_SIGNAL = 0.5
+"""Relative squared error beyond which a kept range counts as useless: half the signal's energy."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ def read_safetensors(path: Path, kind: str, version: int) -> tuple[dict[str, Ten
         raise ArtefactError(f"{path}: damaged or not safetensors: {error}") from None
     if header.get("format") != kind:
         raise ArtefactError(f"{path}: expected a file of {kind!r}, found {header.get('format')!r}")
-    if int(header.get("version", "0")) > version:
+    if not header.get("version", "").isdecimal():
+        raise ArtefactError(f"{path}: its header gives no version")
+    if int(header["version"]) > version:
         raise ArtefactError(
             f"{path}: written as version {header['version']}, this package reads up to {version}: upgrade it"
         )
@@ -191,35 +193,46 @@ class GridChoice:
         """Whether a width needs no look at what it does: it is the base's, 32, or has a fitted range."""
         return bits in (self.base.bits, FULL_PRECISION) or bits in self._fitted
 
-    def judge(self, bits: int, x: Tensor, quantized: Tensor) -> None:
-        """Look at what a kept range did to `x`: count it on request, else refuse a lost signal.
+    def judge(self, bits: int, x: Tensor, quantized: Tensor, at_base: Tensor) -> None:
+        """Look at what a kept range did to `x`: count it, and refuse a lost signal unless asked to keep.
 
         Args:
             bits: the width.
-            x: what went in, any shape.
+            x: what went in, `(N, ...)`.
             quantized: what came out, the same shape.
+            at_base: what the base width makes of `x`; its own loss is not held against the width.
 
         Raises:
-            BitsError: less than one bit of the signal is left, and nobody asked to keep the range.
+            BitsError: of some row less than half the signal's energy is right, and nobody asked to keep
+                the range.
         """
-        x, quantized = x.detach().float(), quantized.detach().float()
+        x, quantized, at_base = (tensor.detach().float() for tensor in (x, quantized, at_base))
+        clipped = ((x < self.base.low) | (x > self.base.high)).sum()
+        zeroed = ((x != 0) & (quantized == 0)).sum()
+        counts = torch.stack([torch.full_like(clipped, x.numel()), clipped, zeroed])
+        self._losses[bits] = self._losses.get(bits, torch.zeros_like(counts)) + counts
         if self._keep:
-            clipped = ((x < self.base.low) | (x > self.base.high)).sum()
-            zeroed = ((x != 0) & (quantized == 0)).sum()
-            counts = torch.stack([torch.full_like(clipped, x.numel()), clipped, zeroed])
-            self._losses[bits] = self._losses.get(bits, torch.zeros_like(counts)) + counts
             return
-        energy = float(x.square().sum())
-        lost = float((quantized - x).square().sum()) / energy if energy > 0 else 0.0
-        if lost > LOST_SIGNAL:
+        lost, base_lost = _lost_share(x, quantized), _lost_share(x, at_base)
+        bad = (lost > LOST_SIGNAL) & (lost > 2 * base_lost)
+        if bool(bad.any()):
+            worst = float(lost[bad].max().clamp(max=1))
             raise BitsError(
                 f"{self.name}: {bits} bits inside the calibrated range [{self.base.low:.4g}, "
-                f"{self.base.high:.4g}] lose {min(lost, 1):.0%} of the signal (limit {LOST_SIGNAL:.0%}). "
+                f"{self.base.high:.4g}] lose {worst:.0%} of the signal (limit {LOST_SIGNAL:.0%}). "
                 "Fit a range for this width (`qlip-plugins fit-ranges`, `ranges: {table: FILE}`), or accept "
                 "the loss with `ranges: {keep_calibrated: true}`"
             )
 
     def losses(self) -> dict[int, tuple[int, int, int]]:
-        """`{width: (values seen, clipped, zeroed)}` so far, where the range was kept on request."""
+        """`{width: (values seen, clipped, zeroed)}` so far, where the calibrated range was kept."""
         counted = {bits: counts.tolist() for bits, counts in self._losses.items()}
         return {bits: (seen, clipped, zeroed) for bits, (seen, clipped, zeroed) in counted.items()}
+
+
+def _lost_share(x: Tensor, quantized: Tensor) -> Tensor:
+    """Energy of the error over that of the signal, `(N,)`; 0 where there is no signal."""
+    rows = x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
+    error = (quantized.reshape(rows.shape) - rows).square().sum(1)
+    energy = rows.square().sum(1)
+    return torch.where(energy > 0, error / energy, torch.zeros_like(error))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from .layers import kind_of, layer_of
 from .plan import BitPlan
 from .recipe import FULL_PRECISION
 from .schema import nearest
-from .state import OPERANDS
+from .state import OPERANDS, SPLIT_SUFFIX
 
 Profile = Literal["paper", "full"]
+
+Widths = Callable[[str, float], float]
+"""The width of a layer by its name, given the width to assume where it has none."""
 
 _KEPT_BY_PAPER = ("shortcut", "downsample")
 """Kinds that the `paper` profile counts at 32 x 32 bits, whatever quantizes them."""
@@ -39,19 +42,23 @@ class MacCounts:
         products: attention path -> MACs of q k^T; the product with v costs the same.
         norms: operations of all LayerNorms.
         rows: rows of the batch that was counted.
+        first_parts: layer with a split input -> the first part's share of its input channels.
     """
 
     layers: dict[str, float] = field(default_factory=dict)
     products: dict[str, float] = field(default_factory=dict)
     norms: float = 0.0
     rows: int = 1
+    first_parts: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, name: str) -> float:
         """MACs behind one activation quantizer; an operand answers for half of its product."""
         attention, _, operand = name.rpartition(".")
         if operand in OPERANDS:
             return self.products.get(attention, 0.0) / 2
-        return self.layers.get(layer_of(name), 0.0)
+        layer = layer_of(name)
+        share = self.first_parts.get(layer, 1.0)
+        return self.layers.get(layer, 0.0) * (share if name == layer else 1 - share)
 
 
 def count_macs(denoiser: nn.Module, sample_inputs: Mapping[str, Any] | Sequence[Any]) -> MacCounts:
@@ -59,19 +66,33 @@ def count_macs(denoiser: nn.Module, sample_inputs: Mapping[str, Any] | Sequence[
 
     Args:
         denoiser: may be on the meta device, where nothing is computed.
-        sample_inputs: arguments of one call, by name or in order.
+        sample_inputs: arguments of one call, by name or in order, on any device.
+
+    Raises:
+        BitsError: `sample_inputs` lacks the sample.
     """
+    device = next(denoiser.parameters()).device
     keywords = dict(sample_inputs) if isinstance(sample_inputs, Mapping) else {}
     positional = [] if isinstance(sample_inputs, Mapping) else list(sample_inputs)
     counts = MacCounts(rows=_rows(keywords, positional))
     lengths: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad(), _counting(denoiser, counts, lengths):
-        denoiser(*positional, **keywords)
+        denoiser(*_moved(positional, device), **_moved(keywords, device))
     for attention, found in lengths.items():
         if len(found) == 2:
             query, key = found["to_q"], found["to_k"]
             counts.products[attention] = query[0].numel() * key.shape[1]
     return counts
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value
 
 
 def _rows(keywords: Mapping[str, Any], positional: Sequence[Any]) -> int:
@@ -116,7 +137,7 @@ def _counting(
 def bitops(
     denoiser: nn.Module,
     sample_inputs: Mapping[str, Any] | Sequence[Any],
-    weight_bits: float,
+    weight_bits: float | Mapping[str, float],
     activation_bits: float | Mapping[str, float],
     calls: int = 51,
     profile: Profile = "paper",
@@ -129,62 +150,76 @@ def bitops(
 
     Args:
         denoiser: may be on the meta device.
-        sample_inputs: arguments of one call, by name or in order.
-        weight_bits: of every convolution and linear.
-        activation_bits: one number for all, or by layer (`attn1.q`, ... for operands); a layer the
-            mapping does not name is not quantized, 32 bits.
+        sample_inputs: arguments of one call, by name or in order, on any device.
+        weight_bits: one number for every convolution and linear, or by layer; a layer the mapping does
+            not name has float weights, 32 bits.
+        activation_bits: likewise; `attn1.q`, ... name the operands of attention.
         calls: calls of the denoiser; 50 steps of PNDM make 51.
         profile: what is counted.
 
     Raises:
-        BitsError: the mapping names a layer that the denoiser has not, a width is not above 0, or
-            `sample_inputs` lacks the sample.
+        BitsError: a mapping names a layer that the denoiser has not, a width is not above 0, the
+            profile is unknown, or `sample_inputs` lacks the sample.
     """
     counts = count_macs(denoiser, sample_inputs)
-    if isinstance(activation_bits, Mapping):
-        _check_names(counts, activation_bits)
-        bits = activation_bits.get
-        given = list(activation_bits.values())
-    else:
-        everywhere = float(activation_bits)
-        given = [everywhere]
+    weights, activations = (_lookup(counts, bits) for bits in (weight_bits, activation_bits))
+    rows = counts.rows if profile == "full" else 1
+    return calls * rows * call_bitops(counts, weights, activations, profile)
 
-        def bits(name: str, default: float) -> float:  # type: ignore[misc]
-            return everywhere
 
-    if any(not 0 < width <= FULL_PRECISION for width in (*given, weight_bits)):
+def _lookup(counts: MacCounts, bits: float | Mapping[str, float]) -> Widths:
+    """Bits by layer, whether given as one number or as a mapping."""
+    given = list(bits.values()) if isinstance(bits, Mapping) else [bits]
+    if any(not 0 < width <= FULL_PRECISION for width in given):
         raise BitsError(f"widths must lie above 0 and at most at {FULL_PRECISION}")
-    return calls * call_bitops(counts, dict.fromkeys(counts.layers, weight_bits), bits, profile)
+    if isinstance(bits, Mapping):
+        _check_names(counts, bits)
+        return bits.get
+    everywhere = float(bits)
+    return lambda name, default: everywhere
 
 
-def call_bitops(
-    counts: MacCounts,
-    weight_bits: Mapping[str, float],
-    activation_bits: Callable[[str, float], float],
-    profile: Profile,
-) -> float:
-    """BitOPs in T of one call.
+def call_bitops(counts: MacCounts, weight_bits: Widths, activation_bits: Widths, profile: Profile) -> float:
+    """BitOPs in T of one row in one call.
 
     Args:
         counts: what the call computes.
-        weight_bits: by layer; 32 where a layer is not named.
-        activation_bits: width of a quantizer by name, given the width to assume where it has none.
+        weight_bits: width of a layer's weights by its name, given the width to assume without one.
+        activation_bits: likewise of an activation quantizer.
         profile: what is counted.
+
+    Raises:
+        BitsError: the profile is unknown, or the two parts of an input have different widths and
+            `counts` does not know where the input is split.
     """
+    if profile not in get_args(Profile):
+        raise BitsError(f"no BitOPs profile {profile!r}, expected one of {', '.join(get_args(Profile))}")
     total = _FULL_COST * counts.norms
     for name, macs in counts.layers.items():
         if profile == "paper" and kind_of(name) in _KEPT_BY_PAPER:
             total += _FULL_COST * macs
         else:
-            total += macs * weight_bits.get(name, FULL_PRECISION) * activation_bits(name, FULL_PRECISION)
+            total += macs * weight_bits(name, FULL_PRECISION) * _input_bits(counts, name, activation_bits)
     if profile == "full":
         for attention, macs in counts.products.items():
             q, k, v, softmax = (
                 activation_bits(f"{attention}.{operand}", FULL_PRECISION) for operand in OPERANDS
             )
             total += macs * (q * k + softmax * v)
-        total *= counts.rows
     return total / _FULL_COST / 1e12
+
+
+def _input_bits(counts: MacCounts, name: str, activation_bits: Widths) -> float:
+    first = activation_bits(name, FULL_PRECISION)
+    second = activation_bits(name + SPLIT_SUFFIX, first)
+    if first == second:
+        return first
+    if name not in counts.first_parts:
+        raise BitsError(
+            f"{name}: its input's parts have {first} and {second} bits, but where it is split is unknown"
+        )
+    share = counts.first_parts[name]
+    return share * first + (1 - share) * second
 
 
 def _check_names(counts: MacCounts, bits: Mapping[str, float]) -> None:
@@ -195,31 +230,36 @@ def _check_names(counts: MacCounts, bits: Mapping[str, float]) -> None:
 
 
 @dataclass(frozen=True)
-class PromptCost:
-    """What one prompt's generation costs.
+class Cost:
+    """What a prompt's generation costs, or the mean of several.
 
     Args:
-        fab: mean width over steps and controlled layers, each counted once.
+        fab: mean width over the steps taken and the controlled layers, each counted once; None where
+            nothing is controlled.
         fab_mac_weighted: the same mean weighted by MACs.
         bitops_paper: T, profile `paper`.
-        bitops_full: T, profile `full`, for this prompt's share of the batch.
+        bitops_full: T, profile `full`, for one prompt's share of the batch.
         quality: what T2Q predicted, None without one.
     """
 
-    fab: float
-    fab_mac_weighted: float
+    fab: float | None
+    fab_mac_weighted: float | None
     bitops_paper: float
     bitops_full: float
     quality: float | None
+
+
+Visits = Counter[tuple[float, int]]
+"""(timestep, rows of one prompt in the call: 2 under guidance) -> calls of the denoiser."""
 
 
 def cost_of(
     plan: BitPlan,
     counts: MacCounts,
     weight_bits: Mapping[str, float],
-    base_bits: Mapping[str, int],
-    visits: Counter[float],
-) -> list[PromptCost]:
+    base_bits: Mapping[str, float],
+    visits: Visits,
+) -> list[Cost]:
     """The cost of each prompt of a plan.
 
     A timestep that the scheduler visits twice counts once in FAB and twice in BitOPs; one that it does
@@ -227,29 +267,56 @@ def cost_of(
 
     Args:
         plan: the widths of the controlled quantizers.
-        counts: MACs of one call; its `rows` are the calls' copies of one prompt (2 under guidance).
+        counts: MACs of one call.
         weight_bits: by layer.
         base_bits: width of every activation quantizer that the plan leaves alone.
-        visits: how often the denoiser was called at each timestep.
+        visits: the calls that were made.
     """
+    return [
+        _prompt_cost(plan, prompt, counts, weight_bits, base_bits, visits) for prompt in range(plan.prompts)
+    ]
+
+
+def _prompt_cost(
+    plan: BitPlan,
+    prompt: int,
+    counts: MacCounts,
+    weight_bits: Mapping[str, float],
+    base_bits: Mapping[str, float],
+    visits: Visits,
+) -> Cost:
+    paper = full = 0.0
+    for (timestep, rows), calls in visits.items():
+        row = dict(zip(plan.layers, plan.at(timestep)[prompt].tolist(), strict=True))
+        widths = {**base_bits, **row}
+        paper += calls * call_bitops(counts, weight_bits.get, widths.get, "paper")
+        full += calls * rows * call_bitops(counts, weight_bits.get, widths.get, "full")
+    fab, weighted = _mean_bits(plan, prompt, counts, visits)
+    return Cost(fab, weighted, paper, full, None if plan.quality is None else plan.quality[prompt])
+
+
+def _mean_bits(
+    plan: BitPlan, prompt: int, counts: MacCounts, visits: Visits
+) -> tuple[float, float] | tuple[None, None]:
+    if not plan.layers:
+        return None, None
+    steps = dict.fromkeys(timestep for timestep, _ in visits)
+    bits = torch.stack([plan.at(timestep)[prompt] for timestep in steps]).double()
     macs = torch.tensor([counts.of(name) for name in plan.layers], dtype=torch.float64)
-    share = macs / macs.sum() if float(macs.sum()) > 0 else torch.full_like(macs, 1 / max(1, len(macs)))
-    costs = []
-    for prompt in range(plan.prompts):
-        totals: dict[str, float] = {"paper": 0.0, "full": 0.0}
-        for timestep, times in visits.items():
-            row = dict(zip(plan.layers, plan.at(timestep)[prompt].tolist(), strict=True))
-            widths = {**base_bits, **row}
-            for profile in ("paper", "full"):
-                totals[profile] += times * call_bitops(counts, weight_bits, widths.get, profile)
-        bits = torch.stack([plan.at(timestep)[prompt] for timestep in visits]).double()
-        costs.append(
-            PromptCost(
-                fab=float(bits.mean()) if bits.numel() else math.nan,
-                fab_mac_weighted=float((bits * share).sum(1).mean()) if bits.numel() else math.nan,
-                bitops_paper=totals["paper"],
-                bitops_full=totals["full"],
-                quality=None if plan.quality is None else plan.quality[prompt],
-            )
-        )
-    return costs
+    return float(bits.mean()), float((bits @ (macs / macs.sum())).mean())
+
+
+def mean_cost(costs: Sequence[Cost]) -> Cost:
+    """The mean over the prompts of a batch, field by field; None where any prompt has none."""
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
+
+    return Cost(
+        fab=mean([cost.fab for cost in costs]),
+        fab_mac_weighted=mean([cost.fab_mac_weighted for cost in costs]),
+        bitops_paper=sum(cost.bitops_paper for cost in costs) / len(costs),
+        bitops_full=sum(cost.bitops_full for cost in costs) / len(costs),
+        quality=mean([cost.quality for cost in costs]),
+    )

@@ -11,22 +11,23 @@ class Q2B(nn.Module):
 
     Args:
         layers: K, the number of controlled quantizers.
-        steps: T, the steps of the schedule it is made for.
+        timesteps: the T timesteps of the schedule it is made for, in sampling order.
         group: M, consecutive steps that share one set of parameters.
         early: m, first steps with p_q = 1, which rules the low width out.
-        train_timesteps: length of the noise schedule; T steps divide it evenly.
+
+    Raises:
+        ValueError: the sizes do not fit together.
     """
 
-    def __init__(
-        self, layers: int, steps: int, group: int = 1, early: int = 0, train_timesteps: int = 1000
-    ) -> None:
+    def __init__(self, layers: int, timesteps: tuple[float, ...], group: int = 1, early: int = 0) -> None:
         super().__init__()
-        if not (layers >= 1 and 1 <= group <= steps <= train_timesteps and 0 <= early <= steps):
+        steps = len(timesteps)
+        if not (layers >= 1 and 1 <= group <= steps and 0 <= early <= steps):
             raise ValueError(
-                f"need layers >= 1, 1 <= group <= steps <= train_timesteps and 0 <= early <= steps, found "
-                f"layers={layers}, steps={steps}, group={group}, early={early}, train_timesteps={train_timesteps}"
+                "need layers >= 1, 1 <= group <= steps and 0 <= early <= steps, found "
+                f"layers={layers}, {steps} steps, group={group}, early={early}"
             )
-        self.steps, self.group, self.early, self.train_timesteps = steps, group, early, train_timesteps
+        self.timesteps, self.group, self.early = timesteps, group, early
         groups = -(-steps // group)
         self.slope = nn.Parameter(torch.zeros(layers))
         self.offset = nn.Parameter(torch.zeros(layers))
@@ -34,13 +35,12 @@ class Q2B(nn.Module):
         self.high_logit = nn.Parameter(torch.zeros(groups, layers))
 
     def step_of(self, timestep: float) -> int:
-        """Which of the T steps a scheduler's timestep falls into, whatever that scheduler's own count.
+        """The step of its own schedule that is nearest in time, the earlier of two equally near.
 
-        The noise schedule is cut into T even stretches, so leading, trailing and linear spacing all
-        give step i its own stretch i when the scheduler runs T steps.
+        On the schedule it is made for that is the step itself; on another, whatever its number of steps
+        or spacing, it is the one with the most similar noise.
         """
-        step = (self.train_timesteps - 1 - timestep) * self.steps / self.train_timesteps
-        return min(self.steps - 1, max(0, int(step)))
+        return min(range(len(self.timesteps)), key=lambda step: abs(self.timesteps[step] - timestep))
 
     def forward(self, quality: Tensor, timesteps: tuple[float, ...]) -> Tensor:
         """Probabilities of low, medium and high, `(N, S, K, 3)`, summing to 1.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -23,16 +22,14 @@ class _RoundStraightThrough(torch.autograd.Function):
         return grads[0]
 
 
-class _OneHotStraightThrough(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, probabilities: Tensor) -> Tensor:
-        chosen = probabilities.argmax(-1, keepdim=True)
-        return torch.zeros_like(probabilities).scatter_(-1, chosen, 1.0)
+    def forward(ctx: Any, hard: Tensor, soft: Tensor) -> Tensor:
+        return hard.view_as(hard)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
+        return None, grads[0]
 
 
 def round_straight_through(x: Tensor) -> Tensor:
@@ -41,13 +38,13 @@ def round_straight_through(x: Tensor) -> Tensor:
     return rounded
 
 
-def one_hot_straight_through(probabilities: Tensor) -> Tensor:
-    """Exactly 0 and 1 forward, the gradient of `probabilities` backward (method.md 3, after CADyQ).
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of `hard`, the gradient of `soft` (method.md 3, after CADyQ). Equal shapes.
 
-    Args:
-        probabilities: `(..., W)`.
+    With hard = sum_b onehot_b Q_b(x) and soft = sum_b p_b Q_b(x) it is the choice of a width that
+    training can move.
     """
-    chosen: Tensor = _OneHotStraightThrough.apply(probabilities)  # type: ignore[no-untyped-call]
+    chosen: Tensor = _StraightThrough.apply(hard, soft)  # type: ignore[no-untyped-call]
     return chosen
 
 

@@ -177,8 +177,7 @@ class Recipe(StrictModel):
             *((f"base.{key}", value) for key, value in self.base),
             *((f"controller.{key}", value) for key, value in self.controller),
         ]
-        if isinstance(self.model.pipeline, Path) or Path(self.model.pipeline).is_absolute():
-            named.append(("model.pipeline", Path(self.model.pipeline)))
+        named.append(("model.pipeline", self.model.pipeline))
         if self.ranges is not None:
             named.append(("ranges.table", self.ranges.table))
         return [f"{key}: {path}" for key, path in named if isinstance(path, Path) and not path.exists()]
@@ -239,15 +238,22 @@ def dump(section: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, the options of every installed base quantizer included."""
+def json_schema() -> tuple[dict[str, Any], dict[str, ImportError]]:
+    """The JSON Schema of a recipe with the options of every base quantizer that can be imported.
+
+    Returns:
+        The schema, and the adapters that are missing in it with the reason.
+    """
     schema = Recipe.model_json_schema()
-    options = {
-        name: load_base_quantizer(name).config_class.model_json_schema(
-            ref_template=f"#/$defs/{name}/$defs/{{model}}"
-        )
-        for name in installed(BASE_QUANTIZERS)
-    }
+    options: dict[str, Any] = {}
+    broken: dict[str, ImportError] = {}
+    for name in installed(BASE_QUANTIZERS):
+        try:
+            config_class = load_base_quantizer(name).config_class
+        except ImportError as error:
+            broken[name] = error
+        else:
+            options[name] = config_class.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
     schema["$defs"] |= options
     schema["properties"]["base"] = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in options]}
-    return schema
+    return schema, broken

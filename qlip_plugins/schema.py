@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 PACKAGE_SCHEME = "package://"
 
 
@@ -67,7 +69,8 @@ def _as_path(value: Any, info: ValidationInfo) -> Any:
     if value.startswith(PACKAGE_SCHEME):
         return _package_path(value)
     base = (info.context or {}).get("base_dir")
-    return (Path(base) / value) if base is not None else Path(value)
+    path = Path(value).expanduser()
+    return (Path(base) / path) if base is not None else path
 
 
 def _package_path(value: str) -> Path:
@@ -83,12 +86,11 @@ def _package_path(value: str) -> Path:
 
 
 def _as_path_or_hub_id(value: Any, info: ValidationInfo) -> Any:
-    """A hub id has the look of a relative path, so a string stays one unless such a folder exists."""
-    if not isinstance(value, str) or not value:
-        return _as_path(value, info)
+    """`name` and `owner/name` may be hub ids, so they stay as they are unless such a folder exists."""
     path = _as_path(value, info)
-    explicit = value.startswith((PACKAGE_SCHEME, ".", "/", "~"))
-    return str(path) if explicit or path.exists() else value
+    if not isinstance(value, str) or not value:
+        return path
+    return value if _HUB_ID.fullmatch(value) and not path.exists() else path
 
 
 RecipePath = Annotated[Path, BeforeValidator(_as_path)]

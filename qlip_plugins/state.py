@@ -98,13 +98,16 @@ class CalibratedState:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every code, step and zero point: two states with the same one are the same base."""
+        """SHA-256 over all that the installed model computes with: codes, steps, zero points, biases, norms."""
         digest = hashlib.sha256(self.format.encode())
         for name in sorted(self.layers):
-            digest.update(name.encode())
             for part in self.layers[name].weight:
+                digest.update(f"{name} {part.bits}".encode())
                 for tensor in (part.codes, part.scale, part.zero_point):
-                    digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+                    digest.update(_bytes(tensor))
+        for name, tensor in sorted(self.float_parameters.items()):
+            if name.removesuffix(".weight") not in self.layers:
+                digest.update(name.encode() + _bytes(tensor.float()))
         for name, grid in sorted(self.activations.items()):
             digest.update(f"{name}{grid}".encode())
         return digest.hexdigest()
@@ -172,3 +175,8 @@ class CalibratedState:
                 f"the pipeline's {type(denoiser).__name__} are not those the checkpoint was calibrated on "
                 f"({', '.join(differing[:3])}, ...). Load the pipeline that was calibrated"
             )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    raw: bytes = tensor.detach().cpu().contiguous().numpy().tobytes()
+    return raw

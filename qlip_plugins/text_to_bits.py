@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from .recipe import ActivationBits
 from .schema import StrictModel
 from .t2q import T2Q
 
+FORMAT: Literal["qlip-plugins controller"] = "qlip-plugins controller"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
@@ -37,27 +40,31 @@ class TextToBitsConfig(StrictModel):
         hidden: width of T2Q's inner layers.
         menu: the widths it chooses from.
         layers: the K quantizers it steers, in the order of its parameters.
-        steps: T.
+        timesteps: of the schedule it is made for, T of them in sampling order.
         group: M.
         early: m.
-        train_timesteps: length of the noise schedule.
         base_fingerprint: of the base it was made on.
         origin: how it came to be, in words: trained (on what), or set by hand.
     """
 
-    format: Literal["qlip-plugins controller"] = "qlip-plugins controller"
+    format: Literal["qlip-plugins controller"] = FORMAT
     version: Literal[1] = 1
     embedding_dim: int = Field(ge=1)
     pooling: Pooling
     hidden: int = Field(default=256, ge=1)
     menu: ActivationBits
     layers: tuple[str, ...] = Field(strict=False, min_length=1)
-    steps: int
-    group: int = 1
-    early: int = 0
-    train_timesteps: int = 1000
+    timesteps: tuple[float, ...] = Field(strict=False, min_length=1)
+    group: int = Field(default=1, ge=1)
+    early: int = Field(default=0, ge=0)
     base_fingerprint: str
     origin: str
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if max(self.group, self.early) > len(self.timesteps):
+            raise PydanticCustomError("sizes", "group and early cannot exceed the number of timesteps")
+        return self
 
 
 class TextToBits(nn.Module):
@@ -67,7 +74,7 @@ class TextToBits(nn.Module):
         super().__init__()
         self.config = config
         self.t2q = T2Q(config.embedding_dim, config.hidden)
-        self.q2b = Q2B(len(config.layers), config.steps, config.group, config.early, config.train_timesteps)
+        self.q2b = Q2B(len(config.layers), config.timesteps, config.group, config.early)
 
     def forward(self, embedding: Tensor, timesteps: tuple[float, ...]) -> Tensor:
         """Probabilities of low, medium and high, `(N, S, K, 3)`, of `(N, D)` embeddings."""
@@ -81,8 +88,7 @@ class TextToBits(nn.Module):
         Every prompt is decided alone, in float64 on the CPU, and its quality rounded to six decimals:
         the decision depends neither on the batch around it nor on the order of a sum.
         """
-        exact = TextToBits(self.config).double()
-        exact.load_state_dict(self.state_dict())
+        exact = copy.deepcopy(self).double()
         rows, qualities = [], []
         menu = torch.tensor(self.config.menu.widths, dtype=torch.uint8)
         for embedding in embeddings.detach().cpu().double():
@@ -116,7 +122,7 @@ class TextToBits(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, both or neither."""
-        with folder_written_whole(Path(folder), CONFIG_NAME) as temporary:
+        with folder_written_whole(Path(folder), FORMAT, CONFIG_NAME, WEIGHTS_NAME) as temporary:
             (temporary / CONFIG_NAME).write_text(
                 self.config.model_dump_json(indent=2) + "\n", encoding="utf-8"
             )
@@ -130,7 +136,10 @@ class TextToBits(nn.Module):
             ArtefactError: missing, damaged, not a controller, or newer than this package.
         """
         folder = Path(folder)
-        model = cls(_read_config(folder / CONFIG_NAME))
+        config = _read_config(folder / CONFIG_NAME)
+        # Loading must not move the random numbers that pictures are drawn with.
+        with torch.random.fork_rng(devices=[]):
+            model = cls(config)
         weights = folder / WEIGHTS_NAME
         try:
             tensors: dict[str, Tensor] = load_file(weights)

@@ -87,7 +87,7 @@ def _controller(state: CalibratedState, embeddings: Tensor) -> TextToBits:
         hidden=16,
         menu=MENU,
         layers=layers,
-        steps=STEPS,
+        timesteps=tuple(float(t) for t in range(901, 0, -100)),
         group=2,
         early=2,
         base_fingerprint=state.fingerprint,

@@ -7,7 +7,9 @@ from pydantic import Field
 from qlip_plugins.adapter import AdapterConfig
 from qlip_plugins.schema import RecipePath
 
-Width = Annotated[int, Field(ge=2, le=16)]
+WeightWidth = Annotated[int, Field(ge=2, le=16)]
+# float32 holds the codes of 24 bits exactly, and no more.
+ActivationWidth = Annotated[int, Field(ge=2, le=24)]
 
 
 class QDiffusionConfig(AdapterConfig):
@@ -27,7 +29,7 @@ class QDiffusionConfig(AdapterConfig):
 
     adapter: Literal["qdiffusion"] = "qdiffusion"
     checkpoint: RecipePath
-    weight_bits: Width | None = None
-    activation_bits: Width | None = None
-    softmax_bits: Width | None = None
+    weight_bits: WeightWidth | None = None
+    activation_bits: ActivationWidth | None = None
+    softmax_bits: ActivationWidth | None = None
     symmetric: bool | None = None

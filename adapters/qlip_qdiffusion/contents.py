@@ -78,7 +78,7 @@ def read_contents(path: Path) -> Contents:
     _refuse_foreign(path, tensors)
     check_finite(path, tensors)
     contents, quantizers = _sorted(path, tensors)
-    _refuse_ptqd(path, contents, quantizers)
+    _refuse_ptqd(path, quantizers)
     for module, found in quantizers.items():
         _take_module(contents, module, found)
     _check_complete(contents)
@@ -117,28 +117,26 @@ def _sorted(path: Path, tensors: dict[str, Tensor]) -> tuple[Contents, dict[str,
     return contents, quantizers
 
 
-def _refuse_ptqd(path: Path, contents: Contents, quantizers: dict[str, dict[str, Tensor]]) -> None:
-    kinds = {key for found in quantizers.values() for key in found}
-    unquantized = [
-        name.removesuffix(".weight")
-        for name, tensor in contents.floats.items()
-        if name.endswith(".weight") and tensor.ndim > 1 and name.removesuffix(".weight") not in quantizers
-    ]
-    resampling = [name for name in unquantized if name.endswith((".skip_connection", ".op"))]
-    no_step = "weight_quantizer.delta" not in kinds
-    activations = "act_quantizer.delta" in kinds
-    if no_step and (
-        (activations and "act_quantizer.zero_point" not in kinds) or (resampling and _late(quantizers))
-    ):
+def _refuse_ptqd(path: Path, quantizers: dict[str, dict[str, Tensor]]) -> None:
+    """PTQD leaves shortcuts and downsamplers in floating point, and knows no split and no operands.
+
+    So has an unfinished Q-Diffusion file no weight steps; but what it has come to is quantized whole.
+    """
+    keys = {f"{module}.{key}" for module, found in quantizers.items() for key in found}
+    only_qdiffusion = (
+        ".skip_connection.",
+        ".op.",
+        "quantizer_0.",
+        *(f"act_quantizer_{letter}." for letter in "qkvw"),
+    )
+    own = any(part in key for key in keys for part in only_qdiffusion)
+    has_steps = any(key.endswith("weight_quantizer.delta") for key in keys)
+    reached_the_end = any(module.startswith("output_blocks.") for module in quantizers)
+    if not (own or has_steps) and reached_the_end:
         raise ForeignFormatError(
-            f"{path}: a PTQD checkpoint, not one of Q-Diffusion: it holds no weight steps, and leaves "
-            f"{resampling[0] if resampling else 'some layers'} in floating point"
+            f"{path}: a PTQD checkpoint, not one of Q-Diffusion: it holds no weight steps, and leaves shortcuts "
+            "and downsamplers in floating point"
         )
-
-
-def _late(quantizers: dict[str, dict[str, Tensor]]) -> bool:
-    """Whether calibration had come to the decoder: an unfinished Q-Diffusion file stops before."""
-    return any(name.startswith("output_blocks.") for name in quantizers)
 
 
 def _take_module(contents: Contents, module: str, found: dict[str, Tensor]) -> None:

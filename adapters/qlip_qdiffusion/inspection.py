@@ -18,7 +18,7 @@ def inspect(path: Path) -> Inspection:
     names = map_names(contents)
     record = read_record(path.parent / RECORD)
     possible = possible_weight_bits(contents)
-    weight_bits = possible[0] if possible else None
+    weight_bits = possible[0] if possible is not None and len(possible) == 1 else None
     told = _told(contents, record, weight_bits)
     unknown = tuple(option for option, value in told.items() if value is None)
     base: dict[str, Any] = {"adapter": FORMAT, "checkpoint": str(path.resolve())}

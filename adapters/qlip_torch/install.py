@@ -22,14 +22,19 @@ class _QuantizeInput:
         self.parts = parts
         self.split = split
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x: Tensor = args[0]
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not args:
+            return (self._quantized(module, kwargs["input"]),), {}
+        return (self._quantized(module, args[0]), *args[1:]), kwargs
+
+    def _quantized(self, module: nn.Module, x: Tensor) -> Tensor:
         if self.split is None:
-            return (self.parts[0](x), *args[1:])
+            return self.parts[0](x)
         channels = 1 if isinstance(module, nn.Conv2d) else -1
         pieces = x.split((self.split, x.shape[channels] - self.split), dim=channels)
-        joined = torch.cat([part(piece) for part, piece in zip(self.parts, pieces, strict=True)], channels)
-        return (joined, *args[1:])
+        return torch.cat([part(piece) for part, piece in zip(self.parts, pieces, strict=True)], channels)
 
 
 class _RefuseOtherWeights:
@@ -106,7 +111,7 @@ class InstalledTorch(Installed):
         self._quantizers |= {part.name: part for part in parts}
         hook = _QuantizeInput(parts, layer.split)
         self._hooks.append((module, hook))
-        self._undo.append(module.register_forward_pre_hook(hook).remove)
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def add_attention(self, name: str, state: CalibratedState, ranges: Ranges) -> None:
         """Quantize the operands of an attention's products."""
@@ -173,5 +178,6 @@ def _refuse_second(denoiser: nn.Module) -> None:
     for name, module in denoiser.named_modules():
         if any(isinstance(hook, _RefuseOtherWeights) for hook in module._load_state_dict_post_hooks.values()):
             raise IncompatibleModelError(
-                f"{name}: quantizers are installed on this {type(denoiser).__name__} already: remove them first"
+                f"{name}: quantizers are installed on this {type(denoiser).__name__} already: remove them first "
+                "(a copy of such a model keeps its own for good: copy before installing)"
             )

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
 
 from qlip_plugins.errors import BitsError
 from qlip_plugins.grids import ActGrid, GridChoice, Ranges
-from qlip_plugins.quantizer import fake_quantize, one_hot_straight_through
+from qlip_plugins.quantizer import fake_quantize, straight_through
 
 _UNTOUCHED = ActGrid.asymmetric(2, 1.0, 0)
 """Stands in the table for a row at 32 bits, whose values are taken from the input instead."""
@@ -20,6 +21,10 @@ _CACHE_ENTRIES = 256
 class _Mixture:
     widths: tuple[int, ...]
     probabilities: Tensor
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Mixture:
+        # A copy of the model is no part of the graph that trains the original.
+        return _Mixture(self.widths, self.probabilities.detach().clone())
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,20 @@ class TorchActQuantizer:
 
     def set_bits(self, bits: int | Tensor) -> None:
         """See `ActQuantizer.set_bits`."""
-        if isinstance(bits, Tensor):
-            if bits.ndim > 1 or bits.numel() == 0 or bits.is_floating_point():
-                raise BitsError(
-                    f"{self.name}: bits must be an integer or an integer tensor of shape (N,), found "
-                    f"{bits.dtype} of shape {tuple(bits.shape)}"
-                )
-            widths = tuple(int(width) for width in bits.reshape(-1).tolist())
-        else:
-            widths = (int(bits),)
+        widths = self._widths_of(bits)
         for width in set(widths):
             self._grids.grid(width)
-        self._selected = widths[:1] if len(set(widths)) == 1 and _is_scalar(bits) else widths
+        self._selected = widths
+
+    def _widths_of(self, bits: int | Tensor) -> tuple[int, ...]:
+        if isinstance(bits, Tensor) and bits.ndim < 2 and bits.numel() and not bits.is_floating_point():
+            return tuple(int(width) for width in bits.reshape(-1).tolist())
+        if not isinstance(bits, Tensor) and hasattr(bits, "__index__"):
+            return (index(bits),)
+        found = f"{bits.dtype} of shape {tuple(bits.shape)}" if isinstance(bits, Tensor) else repr(bits)
+        raise BitsError(
+            f"{self.name}: bits must be an integer or an integer tensor of shape (N,), found {found}"
+        )
 
     def set_mixture(self, widths: tuple[int, ...], probabilities: Tensor) -> None:
         """See `ActQuantizer.set_mixture`."""
@@ -91,24 +98,27 @@ class TorchActQuantizer:
             )
         if all(self._grids.grid(width) is None for width in widths):
             return x
-        table = self._table(widths, x)
-        out = fake_quantize(x, *table.values)
-        if table.kept is not None:
-            out = torch.where(table.kept, x, out)
+        out = self._quantized(x, widths)
         self._judge(widths, x, out)
         return out
 
+    def _quantized(self, x: Tensor, widths: tuple[int, ...]) -> Tensor:
+        table = self._table(widths, x)
+        out = fake_quantize(x, *table.values)
+        return out if table.kept is None else torch.where(table.kept, x, out)
+
     def _mixed(self, x: Tensor, mixture: _Mixture) -> Tensor:
-        choice = one_hot_straight_through(mixture.probabilities)
-        rows = choice.reshape(-1, len(mixture.widths), *[1] * (x.ndim - 1))
-        if rows.shape[0] not in (1, x.shape[0]):
+        probabilities = mixture.probabilities.reshape(-1, len(mixture.widths))
+        if probabilities.shape[0] not in (1, x.shape[0]):
             raise BitsError(
-                f"{self.name}: a mixture was set for {rows.shape[0]} rows, the batch has {x.shape[0]}"
+                f"{self.name}: a mixture was set for {probabilities.shape[0]} rows, the batch has {x.shape[0]}"
             )
-        total = torch.zeros_like(x)
-        for index, width in enumerate(mixture.widths):
-            total = total + rows[:, index] * self._hard(x, (width,))
-        return total.to(x.dtype)
+        chosen = tuple(mixture.widths[i] for i in probabilities.argmax(-1).tolist())
+        hard = self._hard(x, chosen)
+        soft = torch.zeros_like(x)
+        for weight, width in zip(probabilities.unbind(-1), mixture.widths, strict=True):
+            soft = soft + weight.reshape(-1, *[1] * (x.ndim - 1)) * self._hard(x, (width,))
+        return straight_through(hard, soft.to(x.dtype))
 
     def _table(self, widths: tuple[int, ...], x: Tensor) -> _Table:
         key = (widths, x.device, x.ndim)
@@ -141,8 +151,5 @@ class TorchActQuantizer:
         for width in sorted(set(widths)):
             if not self._grids.is_sound(width):
                 rows = [i for i, w in enumerate(widths) if w == width] if len(widths) > 1 else slice(None)
-                self._grids.judge(width, x[rows], out[rows])
-
-
-def _is_scalar(bits: int | Tensor) -> bool:
-    return not isinstance(bits, Tensor) or bits.numel() == 1
+                at_base = self._quantized(x[rows], (self.base_bits,))
+                self._grids.judge(width, x[rows], out[rows], at_base)

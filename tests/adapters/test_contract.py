@@ -30,7 +30,7 @@ CHECKPOINTS = {"qdiffusion": "qdiffusion/w4a8/ckpt.pth"}
 def fitted(model: GoldenModel, states: dict[str, CalibratedState]) -> dict[str, Ranges]:
     """Ranges for 4, 8 and 16 bits of both bases, fitted on the recorded inputs."""
     found = {}
-    for case in ("w4a8", "w4a16"):
+    for case in ("w4a8", "w4a16", "w8a8"):
         unet = model.unet()
         quantizers = load_backend("torch").install(unet, states[case])
 
@@ -44,7 +44,7 @@ def fitted(model: GoldenModel, states: dict[str, CalibratedState]) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize("base", ["w4a8", "w4a16"])
+@pytest.mark.parametrize("base", ["w4a8", "w4a16", "w8a8"])
 @pytest.mark.parametrize("check", BACKEND_CHECKS.values(), ids=list(BACKEND_CHECKS))
 @pytest.mark.parametrize("name", installed(BACKENDS))
 def test_backend(

@@ -9,11 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from golden_model import GoldenModel
-from qlip_plugins.checkpoint import read_state_dict
-from qlip_qdiffusion.contents import Contents, read_contents
+from qlip_plugins import load_backend, load_base_quantizer
 from qlip_qdiffusion.ldm_names import LayoutError, diffusers_names
-from qlip_qdiffusion.options import Options
-from qlip_qdiffusion.reader import build_state, map_names
 
 
 def test_golden_model(model: GoldenModel) -> None:
@@ -42,33 +39,27 @@ def test_sd_v1_file_maps_without_a_leftover(golden: Path, tmp_path: Path) -> Non
     path = tmp_path / "ckpt.pth"
     # One stored value a tensor: the shapes are true, the file is small.
     torch.save({name: torch.ones(()).expand(shape) for name, shape in expected["keys"].items()}, path)
-    contents = read_contents(path)
-    assert len(contents.weights) == expected["quant_modules"] == 282
-    assert {
-        n.removesuffix(".0.skip_connection"): sizes(contents, n) for n in contents.split_layers
-    } == expected["splits"]
-    state = build_state(on_meta(contents), map_names(contents), Options(4, 8, 16, symmetric=False))
+    adapter = load_base_quantizer("qdiffusion")
+    config_class: Any = adapter.config_class
+    config = config_class(checkpoint=path, weight_bits=4, activation_bits=8, softmax_bits=16, symmetric=False)
+    state = adapter.load(config)
+    assert len(state.layers) == expected["quant_modules"] == 282
+    splits = {
+        f"output_blocks.{block * 3 + index}": (block, index) for block in range(4) for index in range(3)
+    }
+    for block, sizes in expected["splits"].items():
+        up, index = splits[block]
+        layer = state.layers[f"up_blocks.{up}.resnets.{index}.conv_shortcut"]
+        assert [part.codes.shape[1] for part in layer.weight] == [sizes["h"], sizes["skip"]]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_V1)
     state.check_fits(unet)
     assert set(state.float_parameters) == {name for name, _ in unet.named_parameters()}
     assert len(state.activations) == 844 // 2
-    assert len(read_state_dict(path)) == 2412
-
-
-def sizes(contents: Contents, name: str) -> dict[str, int]:
-    h, skip = (part.alpha.shape[1] for part in contents.weights[name])
-    return {"h": h, "skip": skip}
-
-
-def on_meta(contents: Contents) -> Contents:
-    """The same shapes without data: codes of 860 million weights need no computing here."""
-    contents.floats = {name: tensor.to("meta") for name, tensor in contents.floats.items()}
-    for parts in contents.weights.values():
-        for index, part in enumerate(parts):
-            moved = {key: getattr(part, key).to("meta") for key in ("alpha", "delta", "zero_point")}
-            parts[index] = type(part)(**moved)
-    return contents
+    assert len(expected["splits"]) == sum(layer.split is not None for layer in state.layers.values())
+    quantizers = load_backend("torch").install(unet, state)
+    assert len(quantizers) == 844 // 2
+    quantizers.remove()
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

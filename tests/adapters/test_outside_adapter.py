@@ -91,5 +91,10 @@ def test_it_runs_a_recipe(
 @pytest.mark.usefixtures("outside")
 def test_a_broken_neighbour_disturbs_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "check", "golden-w4a8"]) == 0
+    checkpoint = OUTSIDE.parent / "golden" / "qdiffusion" / "w4" / "ckpt.pth"
+    assert main(["inspect", str(checkpoint)]) == 0
+    assert main(["inspect", str(OUTSIDE / "nothing.pth")]) == 3
+    assert main(["recipe", "show", "--schema"]) == 0
+    assert "the options of 'broken' are missing" in capsys.readouterr().err
     assert main(["doctor"]) == 4
     assert "NOT broken (qlip_outside.nowhere:adapter) ModuleNotFoundError" in capsys.readouterr().out

@@ -64,7 +64,7 @@ def test_paths(tmp_path: Path) -> None:
     (tmp_path / "pipe").mkdir()
     text = GOOD.replace("some/pipeline", "pipe").replace("ckpt.pth", "/data/ckpt.pth")
     recipe = Recipe.from_yaml(write(tmp_path, text))
-    assert recipe.model.pipeline == str(tmp_path / "pipe")
+    assert recipe.model.pipeline == tmp_path / "pipe"
     assert recipe.base.model_dump()["checkpoint"] == Path("/data/ckpt.pth")
     shipped = Recipe.load("golden-w4a8")
     assert shipped.base.model_dump()["checkpoint"].is_file()
@@ -85,7 +85,8 @@ def test_shipped_recipes_load_and_have_all_their_files(name: str) -> None:
 
 
 def test_the_schema_knows_every_section_and_the_adapter_s_options() -> None:
-    schema = json_schema()
+    schema, broken = json_schema()
+    assert not broken
     assert set(schema["required"]) == {
         "schema_version", "model", "base", "backend", "activation_bits", "controller",
     }  # fmt: skip
@@ -98,6 +99,13 @@ def test_menus() -> None:
     for low, medium, high in ((8, 8, 16), (16, 8, 32), (1, 2, 3), (8, 16, 33)):
         with pytest.raises(ValidationError):
             ActivationBits(low=low, medium=medium, high=high)
+
+
+def test_hub_ids_and_paths(tmp_path: Path) -> None:
+    for text, kind in (("CompVis/stable-diffusion-v1-4", str), ("a/b/c", Path), ("./a", Path), ("~/a", Path)):
+        pipeline = Recipe.from_yaml(write(tmp_path, GOOD.replace("some/pipeline", text))).model.pipeline
+        assert type(pipeline) is (str if kind is str else type(tmp_path))
+        assert "~" not in str(pipeline)
 
 
 def replace(old: str, new: str) -> str:

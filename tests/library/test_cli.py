@@ -129,9 +129,33 @@ def test_generate_does_not_overwrite_what_is_not_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
+    (tmp_path / "report.json").write_text("{}")
     assert main(["generate", "golden-w4a8", "--prompt", "row 1", *SAMPLING, "--out", str(tmp_path)]) == 3
     assert "was not written by this command" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_generate_with_weights_only(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(golden / "qdiffusion" / "w4" / "ckpt.pth"), "--json"]) == 0
+    text = json.loads(capsys.readouterr().out)["recipe"]
+    folder = "package://qlip_recipes/golden_w4a8"
+    model = f"{folder}/pipeline\n  prompt_embeddings: {folder}/prompt_embeddings.safetensors"
+    (tmp_path / "r.yaml").write_text(text.replace("path/to/the/calibrated/pipeline", model))
+    out = tmp_path / "out"
+    command = ["generate", str(tmp_path / "r.yaml"), "--prompt", "row 1", *SAMPLING]
+    assert main([*command, "--out", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["prompts"][0]["fab"] is None
+    assert report["prompts"][0]["bitops_paper"] > 0
+    assert not (out / "000-bits.png").exists()
+
+
+def test_text_prompts_need_a_text_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = subprocess_free_show(capsys)
+    path = tmp_path / "r.yaml"
+    path.write_text("\n".join(line for line in shown.splitlines() if "prompt_embeddings:" not in line))
+    assert main(["generate", str(path), "--prompt", "a cat", *SAMPLING, "--out", str(tmp_path / "out")]) == 4
+    assert "has no tokenizer or no text encoder" in capsys.readouterr().err
 
 
 def test_fit_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from golden_model import GoldenModel
 from qlip_plugins import bitops
 from qlip_plugins.errors import BitsError
 from qlip_plugins.layers import controlled, count_by_kind, kind_of
-from qlip_plugins.metrics import MacCounts, cost_of, count_macs
+from qlip_plugins.metrics import MacCounts, call_bitops, cost_of, count_macs, mean_cost
 from qlip_plugins.plan import BitPlan
 from qlip_plugins.state import CalibratedState
 
@@ -60,7 +61,7 @@ def test_published_bitops(bk_sdm_tiny: Any, weight_bits: int, activation_bits: f
     assert f"{bitops(unet, call, weight_bits, activation_bits):.2f}" == published
     # Guidance doubles the batch, and the paper's count does not.
     doubled = {key: torch.cat([value, value]) for key, value in call.items()}
-    assert bitops(unet, doubled, weight_bits, activation_bits) == bitops(
+    assert bitops(unet, list(doubled.values()), weight_bits, activation_bits) == bitops(
         unet, call, weight_bits, activation_bits
     )
 
@@ -97,7 +98,9 @@ def test_unknown_layers_and_widths_are_refused(bk_sdm_tiny: Any) -> None:
         bitops(unet, call, 4, {"conv_inn": 8})
     with pytest.raises(BitsError, match="above 0"):
         bitops(unet, call, 4, 0)
-    with pytest.raises(ValueError, match="must hold the denoiser's `sample`"):
+    with pytest.raises(BitsError, match="no BitOPs profile 'papers', expected one of paper, full"):
+        bitops(unet, call, 4, 8, profile="papers")  # type: ignore[arg-type]
+    with pytest.raises(BitsError, match="must hold the denoiser's `sample`"):
         bitops(unet, {"timestep": 1}, 4, 8)
 
 
@@ -133,9 +136,9 @@ def test_k_by_kind(states: dict[str, CalibratedState]) -> None:
 
 
 def test_a_repeated_step_counts_once_in_fab_and_twice_in_bitops() -> None:
-    counts = MacCounts(layers={"a": 1e12, "b": 3e12}, rows=2)
+    counts = MacCounts(layers={"a": 1e12, "b": 3e12})
     plan = BitPlan(torch.tensor([[[8, 16], [32, 4]]], dtype=torch.uint8), (9.0, 5.0), ("a", "b"), (0.25,))
-    visits = Counter({9.0: 1, 5.0: 2})
+    visits = Counter({(9.0, 2): 1, (5.0, 2): 2})
     cost = cost_of(plan, counts, {"a": 4, "b": 4}, {"a": 8, "b": 8}, visits)[0]
     assert cost.fab == (8 + 16 + 32 + 4) / 4
     assert cost.fab_mac_weighted == ((8 + 3 * 16) / 4 + (32 + 3 * 4) / 4) / 2
@@ -143,3 +146,25 @@ def test_a_repeated_step_counts_once_in_fab_and_twice_in_bitops() -> None:
     assert cost.bitops_paper == pytest.approx(expected)
     assert cost.bitops_full == pytest.approx(2 * expected)
     assert cost.quality == 0.25
+
+
+def test_guidance_that_ends_in_mid_run_counts_as_it_was() -> None:
+    counts = MacCounts(layers={"a": 1e12})
+    plan = BitPlan(torch.tensor([[[8], [16]]], dtype=torch.uint8), (9.0, 5.0), ("a",))
+    cost = cost_of(plan, counts, {"a": 4}, {"a": 8}, Counter({(9.0, 2): 1, (5.0, 1): 1}))[0]
+    assert cost.bitops_full == pytest.approx((2 * 4 * 8 + 4 * 16) / 1024)
+    assert cost.bitops_paper == pytest.approx((4 * 8 + 4 * 16) / 1024)
+    assert mean_cost([cost, replace(cost, fab=20.0)]).fab == (12 + 20) / 2
+    assert mean_cost([cost]).quality is None
+
+
+def test_split_inputs_cost_by_their_parts() -> None:
+    counts = MacCounts(layers={"b.conv_shortcut": 1e12}, first_parts={"b.conv_shortcut": 0.75})
+    bits = {"b.conv_shortcut": 8, "b.conv_shortcut.skip": 16}
+    widths: Any = bits.get
+    found = call_bitops(counts, lambda name, default: 4, widths, "full")
+    assert found == pytest.approx(4 * (0.75 * 8 + 0.25 * 16) / 1024)
+    counts.first_parts = {}
+    with pytest.raises(BitsError, match="where it is split is unknown"):
+        call_bitops(counts, lambda name, default: 4, widths, "full")
+    assert counts.of("b.conv_shortcut") == 1e12

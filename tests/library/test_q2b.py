@@ -21,6 +21,11 @@ from qlip_plugins.text_to_bits import TextToBits, TextToBitsConfig
 MENU = ActivationBits(low=8, medium=16, high=32)
 
 
+def schedule(steps: int) -> tuple[float, ...]:
+    """The timesteps that PNDM and DDIM visit in so many steps (leading spacing, offset 1)."""
+    return tuple(float(i * (1000 // steps) + 1) for i in reversed(range(steps)))
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -33,7 +38,7 @@ def equations(
 
 
 def random_q2b(layers: int = 3, steps: int = 10, group: int = 3, early: int = 2, seed: int = 0) -> Q2B:
-    q2b = Q2B(layers, steps, group, early).double()
+    q2b = Q2B(layers, schedule(steps), group, early).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in q2b.parameters():
@@ -44,7 +49,7 @@ def random_q2b(layers: int = 3, steps: int = 10, group: int = 3, early: int = 2,
 @torch.no_grad()
 def test_probabilities_are_the_equations() -> None:
     q2b = random_q2b()
-    timesteps = tuple(float(t) for t in range(901, 0, -100))
+    timesteps = schedule(10)
     qualities = [0.0, 0.31, 1.0]
     found = q2b(torch.tensor(qualities, dtype=torch.float64), timesteps)
     assert found.shape == (3, 10, 3, 3)
@@ -77,8 +82,8 @@ def test_the_choice_is_two_thresholds_on_quality() -> None:
 
 
 def test_neutral_start_is_medium_everywhere() -> None:
-    q2b = Q2B(4, 10, early=3)
-    timesteps = tuple(float(t) for t in range(901, 0, -100))
+    timesteps = schedule(10)
+    q2b = Q2B(4, timesteps, early=3)
     for quality in (0.0, 0.5, 1.0):
         assert bool((choose(q2b(torch.tensor([quality]), timesteps)) == 1).all())
 
@@ -95,34 +100,32 @@ def test_bits_rise_with_quality_where_the_slope_is_positive() -> None:
 
 def test_the_first_steps_exclude_the_low_width() -> None:
     q2b = random_q2b(layers=50, early=4)
-    timesteps = tuple(float(t) for t in range(901, 0, -100))
+    timesteps = schedule(10)
     chosen = choose(q2b(torch.linspace(0, 1, 20, dtype=torch.float64), timesteps))
     assert int(chosen[:, :4].min()) >= 1
     assert int(chosen[:, 4:].min()) == 0
 
 
-@pytest.mark.parametrize("steps", [10, 20, 50])
-@pytest.mark.parametrize("spacing", ["leading", "leading+1", "trailing", "linspace"])
-def test_every_spacing_of_t_steps_gives_each_its_own_step(steps: int, spacing: str) -> None:
-    ratio = 1000 // steps
-    timesteps = {
-        "leading": [i * ratio for i in range(steps)][::-1],
-        "leading+1": [i * ratio + 1 for i in range(steps)][::-1],
-        "trailing": [1000 - i * ratio - 1 for i in range(steps)],
-        "linspace": [round(999 - i * 999 / (steps - 1)) for i in range(steps)],
-    }[spacing]
-    q2b = Q2B(1, steps)
-    found = [q2b.step_of(t) for t in timesteps]
-    if spacing == "linspace":  # its stretch is 999 / (T - 1): a neighbour at most
-        assert all(abs(step - i) <= 1 for i, step in enumerate(found))
-    else:
-        assert found == list(range(steps))
+@pytest.mark.parametrize("steps", [1, 7, 15, 28, 30, 50])
+def test_on_its_own_schedule_each_step_is_its_own(steps: int) -> None:
+    q2b = Q2B(1, schedule(steps))
+    assert [q2b.step_of(t) for t in schedule(steps)] == list(range(steps))
+
+
+@pytest.mark.parametrize("steps", [5, 10, 25, 50])
+def test_another_schedule_takes_the_nearest_step(steps: int) -> None:
+    own = schedule(20)
+    q2b = Q2B(1, own)
+    found = [q2b.step_of(t) for t in schedule(steps)]
+    assert found == sorted(found)
+    assert all(abs(own[step] - t) <= 50 for step, t in zip(found, schedule(steps), strict=True))
+    assert Q2B(1, (10.0, 0.0)).step_of(5.0) == 0, "of two equally near the earlier"
 
 
 def test_bad_sizes_are_refused() -> None:
-    for sizes in ((0, 10), (3, 0), (3, 10, 11), (3, 10, 1, 11)):
+    for layers, steps, group, early in ((0, 10, 1, 0), (3, 0, 1, 0), (3, 10, 11, 0), (3, 10, 1, 11)):
         with pytest.raises(ValueError, match="need layers >= 1"):
-            Q2B(*sizes)
+            Q2B(layers, schedule(steps), group, early)
 
 
 def test_t2q_shape() -> None:
@@ -137,7 +140,7 @@ def config(**changes: object) -> TextToBitsConfig:
         "hidden": 8,
         "menu": MENU,
         "layers": ("a", "b"),
-        "steps": 4,
+        "timesteps": [901.0, 601.0, 301.0, 1.0],
         "base_fingerprint": "f" * 64,
         "origin": "test",
     }
@@ -179,11 +182,34 @@ def test_a_controller_is_a_folder(tmp_path: Path) -> None:
     z = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     assert again.plan(z, (501.0,)).digest() == model.plan(z, (501.0,)).digest()
     model.save_pretrained(tmp_path / "c")  # replaces its own earlier folder
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(ArtefactError, match="was not written by this command"):
-        model.save_pretrained(tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"thesis.txt": "precious"},
+        {"config.json": '{"model_type": "bert"}', "pytorch_model.bin": "weights"},
+        {"config.json": '{"model_type": "bert"}'},
+        {"config.json": '{"format": "qlip-plugins controller"}', "notes.md": "mine"},
+    ],
+)
+def test_other_people_s_folders_are_left_alone(tmp_path: Path, files: dict[str, str]) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ArtefactError, match="which was not written by this command"):
+        controller().save_pretrained(folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == files
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_loading_and_planning_draw_no_random_numbers(tmp_path: Path) -> None:
+    """Pictures drawn with the global generator would differ from those of the same plan given as a table."""
+    controller().save_pretrained(tmp_path / "c")
+    before = torch.get_rng_state()
+    TextToBits.from_pretrained(tmp_path / "c").plan(torch.zeros(2, 6), (1.0,))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +222,10 @@ def test_a_controller_is_a_folder(tmp_path: Path) -> None:
         (
             lambda c, f: (f / "config.json").write_text(json.dumps(c | {"hidden": 9})),
             "does not fit config.json",
+        ),
+        (
+            lambda c, f: (f / "config.json").write_text(json.dumps(c | {"group": 9})),
+            "group and early cannot exceed",
         ),
         (lambda c, f: (f / "model.safetensors").unlink(), "missing or damaged"),
         (lambda c, f: (f / "model.safetensors").write_bytes(b"x" * 100), "missing or damaged"),

@@ -5,7 +5,7 @@ import torch
 
 from qlip_plugins.errors import ArtefactError, BitsError
 from qlip_plugins.grids import ActGrid, GridChoice, Ranges
-from qlip_plugins.quantizer import fake_quantize, one_hot_straight_through, round_straight_through
+from qlip_plugins.quantizer import fake_quantize, round_straight_through, straight_through
 
 
 def written_out(value: float, grid: ActGrid) -> float:
@@ -65,12 +65,12 @@ def test_straight_through() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [1.0, 1.0]
-    p = torch.tensor([[0.2, 0.5, 0.3]], requires_grad=True)
-    choice = one_hot_straight_through(p)
-    assert choice.tolist() == [[0.0, 1.0, 0.0]]
-    (choice * torch.tensor([[1.0, 2.0, 3.0]])).sum().backward()
-    assert p.grad is not None
-    assert p.grad.tolist() == [[1.0, 2.0, 3.0]]
+    hard, soft = torch.tensor([1.0, 2.0]), torch.tensor([0.7, 0.1], requires_grad=True)
+    chosen = straight_through(hard, soft)
+    assert torch.equal(chosen, hard)
+    (chosen * torch.tensor([3.0, 4.0])).sum().backward()
+    assert soft.grad is not None
+    assert soft.grad.tolist() == [3.0, 4.0]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -97,33 +97,49 @@ def test_widths_and_their_grids() -> None:
             choice.grid(bad)
 
 
+def on(grid: ActGrid, x: torch.Tensor) -> torch.Tensor:
+    values = (grid.scale, grid.zero_point, grid.low_code, grid.high_code)
+    return fake_quantize(x, *(torch.tensor(float(value)) for value in values))
+
+
 def test_a_range_that_loses_the_signal_is_refused_unless_asked_for() -> None:
     """Formats 1.4: a 16-bit range trained far too wide makes 8 bits inside it useless."""
     wide = ActGrid.asymmetric(16, 2e-3, 32768)
-    x = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 0.1
-    grid = wide.at_width(8)
-    quantized = fake_quantize(
-        x, *(torch.tensor(float(v)) for v in (grid.scale, grid.zero_point, grid.low_code, grid.high_code))
-    )
+    x = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * 0.1
+    quantized = on(wide.at_width(8), x)
     choice = GridChoice("down.conv1", wide, Ranges())
     with pytest.raises(
         BitsError, match=r"down\.conv1: 8 bits inside the calibrated range .* lose .* of the signal"
     ):
-        choice.judge(8, x, quantized)
+        choice.judge(8, x, quantized, on(wide, x))
     kept = GridChoice("down.conv1", wide, Ranges(keep_calibrated=True))
-    kept.judge(8, x, quantized)
+    kept.judge(8, x, quantized, on(wide, x))
     seen, clipped, zeroed = kept.losses()[8]
     assert (seen, clipped) == (4000, 0)
     assert zeroed == int(((x != 0) & (quantized == 0)).sum()) > 3000
+
+
+def test_a_row_is_judged_by_itself() -> None:
+    wide = ActGrid.asymmetric(16, 2e-3, 32768)
+    x = torch.stack([torch.full((8,), 40.0), torch.full((8,), 0.1)])
+    quantized = on(wide.at_width(8), x)
+    with pytest.raises(BitsError, match="lose 100% of the signal"):
+        GridChoice("layer", wide, Ranges()).judge(8, x, quantized, on(wide, x))
+    GridChoice("layer", wide, Ranges()).judge(8, x[:1], quantized[:1], on(wide, x[:1]))
+
+
+def test_what_the_base_width_loses_too_is_not_held_against_a_width() -> None:
+    """A negative step with zero point 0 clips all positive values, at the base width already."""
+    flipped = ActGrid.asymmetric(8, -0.01, 0)
+    x = torch.rand(2, 100, generator=torch.Generator().manual_seed(0))
+    assert bool((on(flipped, x) == 0).all())
+    GridChoice("layer", flipped, Ranges()).judge(16, x, on(flipped.at_width(16), x), on(flipped, x))
 
 
 def test_only_a_kept_range_needs_a_look() -> None:
     base = ActGrid.asymmetric(8, 0.02, 128)
     choice = GridChoice("layer", base, Ranges({"layer": {4: base.at_width(4)}}))
     assert [choice.is_sound(bits) for bits in (4, 8, 16, 32)] == [True, True, False, True]
-    x = torch.linspace(-2, 2, 100)
-    choice.judge(16, x, x)
-    choice.judge(16, torch.zeros(3), torch.zeros(3))
 
 
 def test_ranges_come_back_as_they_were_saved(tmp_path: object) -> None:
