@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .fitting import fit_ranges
     from .metrics import bitops
     from .plan import BitPlan
-    from .text_to_bits import TextToBits
+    from .text_to_bits import TextToBits, TextToBitsConfig
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "BitPlan",
     "Recipe",
     "TextToBits",
+    "TextToBitsConfig",
     "__version__",
     "apply",
     "bitops",
@@ -37,6 +38,7 @@ _LATE = {
     "BitController": "controller",
     "BitPlan": "plan",
     "TextToBits": "text_to_bits",
+    "TextToBitsConfig": "text_to_bits",
     "apply": "controller",
     "bitops": "metrics",
     "fit_ranges": "fitting",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -85,8 +86,15 @@ def _read(path: Path) -> Any:
         TypeError,
         IndexError,
     ) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArtefactError(f"{path}: truncated or not a torch checkpoint ({first[:160]})") from None
+        size = f"{path.stat().st_size:,} bytes"
+        raise ArtefactError(
+            f"{path}: truncated or not a torch checkpoint ({size}; {_first_sentence(error)}). Copy it again, or name "
+            "the ckpt.pth that the calibration wrote"
+        ) from None
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"[.\n]", f"{error}", maxsplit=1)[0][:100] or type(error).__name__
 
 
 def _named(value: Any) -> str:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .adapter import BASE_QUANTIZERS, Inspection, installed, load_base_quantizer
-from .errors import ArtefactError, ForeignFormatError, HostError, QlipError, RecipeError
+from .errors import INSTALL_HINT, ArtefactError, ForeignFormatError, HostError, QlipError, RecipeError
 from .recipe import Recipe, dump, find_recipe, json_schema, shipped_recipes
 
 
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _HEAVY:
             raise
-        _say(f"error: {error.name} is not installed: pip install 'qlip-plugins[diffusers]'")
+        _say(f"error: {error.name} is not installed: {INSTALL_HINT}")
         return HostError.exit_code
     except BrokenPipeError:
         # The reader of a pipe has enough; keep Python from complaining about it at exit.
@@ -62,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="qlip-plugins",
         description="Text-conditioned activation bits (QLIP) for quantized diffusion models.",
         epilog="exit codes: 0 ok, 2 usage or recipe, 3 bad artefact, 4 incompatible model or host",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"qlip-plugins {metadata.version('qlip-plugins')}"
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON")
@@ -116,15 +121,28 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="may be given repeatedly"
     )
-    parser.add_argument("--steps", type=_positive, default=25)
-    parser.add_argument("--guidance", type=float, default=7.5, metavar="SCALE", help="1 or less: none")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=_steps, default=25, help="inference steps (default 25)")
+    parser.add_argument(
+        "--guidance", type=_scale, default=7.5, metavar="SCALE", help="1 or less: none (default 7.5)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+def _steps(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000, found {text!r}")
+    return int(text)
+
+
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, found {text!r}")
     return value
 
 
@@ -141,15 +159,14 @@ def _inspect(options: argparse.Namespace) -> int:
         "split_layers": found.split_layers,
         **{key: value for key, value in found.details.items() if not isinstance(value, list)},
     }
-    unknown = [
-        f"{name} is in neither the file nor a record beside it: set it in the recipe"
-        for name in found.unknown
+    notes = [
+        *found.notes,
+        *(f"{name} is in neither the file nor a record beside it: set it" for name in found.unknown),
     ]
-    shown = [f"{key}: {value}" for key, value in facts.items()]
-    shown += [f"note: {note}" for note in (*found.notes, *unknown)]
-    hint = "once the notes' options are set in `base:`" if found.unknown else "as it is"
-    head = f"# a recipe that loads it {hint}; name your pipeline in `model:`"
-    text = "\n".join([*shown, "", head, recipe.rstrip()])
+    shown = [f"# {key}: {'unknown' if value is None else value}" for key, value in facts.items()]
+    shown += [f"# note: {note}" for note in notes]
+    head = "# This is a recipe. Name your pipeline in `model:`" + (", and see to the notes" if notes else "")
+    text = "\n".join([*shown, head, recipe.rstrip()])
     _print({**asdict(found), "recipe": recipe}, text, options.json)
     return 0
 
@@ -233,7 +250,13 @@ def _generate(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> Any:
     from .generation import Settings
 
-    return Settings(steps=options.steps, guidance_scale=options.guidance, seed=options.seed)
+    return Settings(
+        steps=options.steps,
+        guidance_scale=options.guidance,
+        seed=options.seed,
+        device=options.device,
+        dtype=options.dtype,
+    )
 
 
 def _fit_ranges(options: argparse.Namespace) -> int:
@@ -247,7 +270,7 @@ def _fit_ranges(options: argparse.Namespace) -> int:
     widths = sorted({width for grids in ranges.fitted.values() for width in grids})
     facts = {"file": str(options.out), "quantizers": len(ranges.fitted), "widths": widths}
     _print(facts, "\n".join(f"{key}: {value}" for key, value in facts.items()), options.json)
-    _say(f"use it with `ranges: {{table: {options.out}}}`")
+    _say(f"use it with `ranges: {{table: {options.out.resolve()}}}`")
     return 0
 
 

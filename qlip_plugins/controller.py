@@ -70,11 +70,9 @@ class FixedPlanner:
 
 
 class TablePlanner:
-    """A given plan of one prompt, followed for every prompt."""
+    """A given plan: of one prompt, followed for every prompt, or of as many as a batch has."""
 
     def __init__(self, table: BitPlan, known: Mapping[str, int]) -> None:
-        if table.prompts != 1:
-            raise BitsError(f"the plan holds {table.prompts} prompts; a table for every prompt holds one")
         strange = [name for name in table.layers if name not in known]
         if strange:
             raise IncompatibleModelError(
@@ -82,7 +80,7 @@ class TablePlanner:
             )
         self._table = table
         self.layers = table.layers
-        self.by_prompt = False
+        self.by_prompt = table.prompts > 1
 
     def widths(self, layer: str) -> frozenset[int]:
         """See `Planner.widths`."""
@@ -91,8 +89,14 @@ class TablePlanner:
 
     def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
         """See `Planner.plan`."""
-        rows = torch.stack([self._table.at(timestep)[0] for timestep in timesteps])
-        return BitPlan(rows.expand(states.shape[0], -1, -1).clone(), timesteps, self.layers)
+        prompts = states.shape[0]
+        if self._table.prompts not in (1, prompts):
+            raise BitsError(
+                f"the plan holds {self._table.prompts} prompts, the batch {prompts}: generate as many, or save the "
+                "plan of one, `plan.only(0).save(...)`"
+            )
+        rows = torch.stack([self._table.at(timestep) for timestep in timesteps], dim=1)
+        return BitPlan(rows.expand(prompts, -1, -1).clone(), timesteps, self.layers)
 
     def remove(self) -> None:
         """See `Planner.remove`."""
@@ -387,7 +391,9 @@ def _one_row(value: Any, rows: int) -> Any:
 
 def _on_meta(value: Any) -> Any:
     if isinstance(value, _Shape):
-        return torch.empty(value.size, dtype=value.dtype, device="meta")
+        # The twin is float32, whatever the model that was called.
+        dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
+        return torch.empty(value.size, dtype=dtype, device="meta")
     if isinstance(value, Mapping):
         return {key: _on_meta(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

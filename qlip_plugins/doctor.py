@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from .adapter import GROUPS, installed
+from .errors import INSTALL_HINT
 
 # Distribution -> the oldest release the package supports (pyproject.toml's floors).
 _PACKAGES = {
@@ -22,12 +23,15 @@ _PACKAGES = {
 def diagnose() -> dict[str, Any]:
     """Versions, adapters and the device, as plain data; `ok` is false when something cannot be used."""
     packages = {name: _package(name, floor) for name, floor in _PACKAGES.items()}
+    runnable = packages["torch"]["usable"] and packages["diffusers"]["usable"]
     adapters = {
-        group: {name: _adapter(entry) for name, entry in installed(group).items()} for group in GROUPS
+        group: {name: _adapter(entry, runnable) for name, entry in installed(group).items()}
+        for group in GROUPS
     }
     found = [*packages.values(), *(state for group in adapters.values() for state in group.values())]
     return {
         "ok": all(item["usable"] for item in found),
+        "qlip-plugins": metadata.version("qlip-plugins"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
@@ -43,7 +47,7 @@ def _package(name: str, floor: str) -> dict[str, Any]:
         return {
             "usable": False,
             "version": None,
-            "why": "not installed: pip install 'qlip-plugins[diffusers]'",
+            "why": f"not installed: {INSTALL_HINT}",
         }
     if _numbers(version) < _numbers(floor):
         return {"usable": False, "version": version, "why": f"older than {floor}: pip install -U {name}"}
@@ -55,12 +59,13 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release[:3] if part.isdigit())
 
 
-def _adapter(entry: metadata.EntryPoint) -> dict[str, Any]:
+def _adapter(entry: metadata.EntryPoint, runnable: bool) -> dict[str, Any]:
     try:
         entry.load()
     except Exception as error:  # an outsider's adapter may fail in any way, and that is the answer
         return {"usable": False, "from": entry.value, "why": f"{type(error).__name__}: {error}"}
-    return {"usable": True, "from": entry.value, "why": ""}
+    why = "" if runnable else "checks recipes, but runs only with torch and diffusers"
+    return {"usable": runnable, "from": entry.value, "why": why}
 
 
 def _device() -> str:
@@ -74,7 +79,7 @@ def _device() -> str:
 def as_text(found: dict[str, Any]) -> str:
     """The diagnosis for people."""
     lines = [
-        f"python {found['python']} ({sys.executable}), {found['platform']}",
+        f"qlip-plugins {found['qlip-plugins']}, python {found['python']} ({sys.executable}), {found['platform']}",
         f"device: {found['device']}",
     ]
     for name, state in found["packages"].items():

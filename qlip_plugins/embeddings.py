@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .artefacts import read_tensors, write_tensors
 from .errors import ArtefactError, IncompatibleModelError, RecipeError
-from .files import written_whole
-from .grids import read_safetensors
 from .schema import nearest
 
 EMBEDDINGS_FORMAT = "qlip-plugins prompt embeddings"
@@ -43,24 +40,22 @@ class PromptEmbeddings:
         Raises:
             RecipeError: one is not among them.
         """
+        if isinstance(prompts, str):
+            raise RecipeError(f"a list of prompts is needed, found the string {prompts!r}")
         rows = {name: row for row, name in enumerate(self.prompts)}
         for prompt in prompts:
             if prompt not in rows:
                 raise RecipeError(
                     f"prompt {prompt!r} is not among the {len(rows)} precomputed ones{nearest(prompt, rows)} "
-                    f"(this model has no text encoder; known: {', '.join(map(repr, self.prompts[:4]))}, ...)"
+                    f"(known: {', '.join(map(repr, self.prompts[:3]))}, ... {self.prompts[-1]!r})"
                 )
         return self.states[[rows[prompt] for prompt in prompts]]
 
     def save(self, path: Path) -> None:
         """Write as safetensors, whole or not at all."""
-        header = {
-            "format": EMBEDDINGS_FORMAT,
-            "version": str(EMBEDDINGS_VERSION),
-            "prompts": json.dumps(self.prompts),
-        }
-        with written_whole(path) as temporary:
-            save_file({"states": self.states.contiguous()}, temporary, metadata=header)
+        write_tensors(
+            path, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION, {"states": self.states}, prompts=self.prompts
+        )
 
     @classmethod
     def load(cls, path: Path) -> PromptEmbeddings:
@@ -69,8 +64,8 @@ class PromptEmbeddings:
         Raises:
             ArtefactError: missing, damaged, or of another kind.
         """
-        tensors, header = read_safetensors(path, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION)
-        prompts = tuple(json.loads(header.get("prompts", "[]")))
+        tensors, facts = read_tensors(path, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION)
+        prompts = tuple(facts.get("prompts", ()))
         states = tensors.get("states", torch.empty(0))
         if states.ndim != 3 or len(prompts) != states.shape[0] or not states.isfinite().all():
             raise ArtefactError(f"{path}: {len(prompts)} prompts with states of shape {tuple(states.shape)}")

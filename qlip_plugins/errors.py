@@ -57,3 +57,6 @@ class HostError(QlipError):
     """A package this work needs is missing or too old."""
 
     exit_code = 4
+
+
+INSTALL_HINT = "pip install 'qlip-plugins[diffusers]' (in a clone: pip install '.[diffusers]')"

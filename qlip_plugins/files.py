@@ -22,7 +22,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files for their owner alone
         temporary.replace(path)
     except OSError as error:
         raise ArtefactError(f"{path}: cannot be written: {error}") from None

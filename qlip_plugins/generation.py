@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .controller import BitController, apply
 from .embeddings import PromptEmbeddings
-from .errors import ArtefactError, HostError, IncompatibleModelError
+from .errors import INSTALL_HINT, ArtefactError, HostError, IncompatibleModelError
 from .files import folder_written_whole
 from .fitting import fit_ranges
 from .grids import Ranges
@@ -38,11 +39,15 @@ class Settings:
         steps: inference steps.
         guidance_scale: 1 or less turns guidance off.
         seed: with the prompt and its number it gives each picture a noise of its own.
+        device: where the pipeline runs.
+        dtype: what it computes in; the quantizers' own arithmetic is float32 in any case.
     """
 
     steps: int = 25
     guidance_scale: float = 7.5
     seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 def load_pipeline(recipe: Recipe) -> Any:
@@ -55,9 +60,7 @@ def load_pipeline(recipe: Recipe) -> Any:
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
-        raise HostError(
-            f"diffusers cannot be imported ({error}): pip install 'qlip-plugins[diffusers]'"
-        ) from None
+        raise HostError(f"diffusers cannot be imported ({error}): {INSTALL_HINT}") from None
     _quieten()
     source = recipe.model.pipeline
     local = isinstance(source, Path)
@@ -68,9 +71,22 @@ def load_pipeline(recipe: Recipe) -> Any:
         absent = _absent_components(Path(source)) if local else {}
         pipe = DiffusionPipeline.from_pretrained(str(source), local_files_only=local, **absent)
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"{source}: not a diffusers pipeline: {str(error).splitlines()[0]}") from None
+        what = (
+            "not a diffusers pipeline"
+            if local
+            else "no such folder, and no pipeline on the hub or in its cache"
+        )
+        raise ArtefactError(f"{source}: {what}: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=not wanted())
     return pipe
+
+
+def _placed(pipe: Any, settings: Settings) -> Any:
+    try:
+        pipe = pipe.to(settings.device)
+        return pipe if settings.dtype == "float32" else pipe.to(getattr(torch, settings.dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise HostError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _quieten() -> None:
@@ -115,8 +131,9 @@ def sample(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings
         call["prompt"] = list(prompts)
     else:
         table = PromptEmbeddings.load(recipe.model.prompt_embeddings)
-        call["prompt_embeds"] = table.of(prompts)
-        call["negative_prompt_embeds"] = table.of([""] * len(prompts))
+        states, empty = table.of(prompts), table.of([""] * len(prompts))
+        call["prompt_embeds"] = states.to(pipe.device, pipe.unet.dtype)
+        call["negative_prompt_embeds"] = empty.to(pipe.device, pipe.unet.dtype)
     return pipe(**call).images
 
 
@@ -126,7 +143,7 @@ def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Pa
     Returns:
         The report as it stands in `report.json`.
     """
-    pipe = load_pipeline(recipe)
+    pipe = _placed(load_pipeline(recipe), settings)
     # The folder is checked before the work, so that a wrong one costs nothing.
     with (
         folder_written_whole(out, REPORT_FORMAT, REPORT_NAME, *_OWNED) as folder,
@@ -148,11 +165,13 @@ def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Pa
 
 def fit_recipe_ranges(recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Ranges:
     """Fit ranges for a recipe's menu while its base, at base width, generates `prompts`."""
-    pipe = load_pipeline(recipe)
+    pipe = _placed(load_pipeline(recipe), settings)
     at_base = recipe.model_copy(
         update={"ranges": None, "controller": StaticController(kind="static", bits="base")}
     )
     with apply(pipe, at_base) as controller:
+        if not controller.quantizers:
+            raise IncompatibleModelError("the base quantizes no activations, so there is no range to fit")
         return fit_ranges(
             controller.quantizers,
             controller.state,
@@ -174,8 +193,16 @@ def _report(
     return {
         "format": REPORT_FORMAT,
         "description": recipe.description,
+        "recipe": recipe.model_dump(mode="json"),
+        "base_fingerprint": controller.state.fingerprint,
+        "versions": {
+            name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers", "transformers")
+        },
         "settings": asdict(settings),
-        "prompts": [{"prompt": prompt, **cost} for prompt, cost in zip(prompts, costs, strict=True)],
+        "prompts": [
+            {"prompt": prompt, "noise_seed": noise_seed(settings.seed, prompt), **cost}
+            for prompt, cost in zip(prompts, costs, strict=True)
+        ],
         **report,
     }
 
@@ -206,5 +233,5 @@ def draw_latent(latent: Tensor, title: str) -> Image.Image:
 
 def _draw_plan(plan: BitPlan, index: int, prompt: str) -> Image.Image:
     quality = "" if plan.quality is None else f", predicted quality {plan.quality[index]:.3f}"
-    shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+    shown = (prompt if len(prompt) <= 60 else prompt[:57] + "...") or "(empty prompt)"
     return plan.draw(index, f"{shown}: FAB {plan.fab()[index]:.2f}{quality}")

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .artefacts import read_tensors, write_tensors
 from .errors import ArtefactError, BitsError
-from .files import written_whole
 from .recipe import FULL_PRECISION
 
 RANGES_FORMAT = "qlip-plugins ranges"
@@ -110,13 +108,7 @@ class Ranges:
             ).reshape(-1, 3)
             for name, grids in self.fitted.items()
         }
-        header = {
-            "format": RANGES_FORMAT,
-            "version": str(RANGES_VERSION),
-            "base_fingerprint": self.fingerprint,
-        }
-        with written_whole(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+        write_tensors(path, RANGES_FORMAT, RANGES_VERSION, tensors, base_fingerprint=self.fingerprint)
 
     @classmethod
     def load(cls, path: Path) -> Ranges:
@@ -125,7 +117,7 @@ class Ranges:
         Raises:
             ArtefactError: missing, damaged, of another format, or with values that are no grid.
         """
-        tensors, header = read_safetensors(path, RANGES_FORMAT, RANGES_VERSION)
+        tensors, facts = read_tensors(path, RANGES_FORMAT, RANGES_VERSION)
         fitted: dict[str, dict[int, ActGrid]] = {}
         for name, rows in tensors.items():
             if rows.ndim != 2 or rows.shape[1] != 3 or not rows.isfinite().all() or (rows[:, :2] <= 0).any():
@@ -134,32 +126,7 @@ class Ranges:
                 int(width): ActGrid.asymmetric(int(width), step, int(zero))
                 for width, step, zero in rows.tolist()
             }
-        return cls(fitted=fitted, fingerprint=header.get("base_fingerprint", ""))
-
-
-def read_safetensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of one of this package's own files.
-
-    Raises:
-        ArtefactError: missing, damaged, of another kind, or newer than this package.
-    """
-    if not path.is_file():
-        raise ArtefactError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            header = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path}: damaged or not safetensors: {error}") from None
-    if header.get("format") != kind:
-        raise ArtefactError(f"{path}: expected a file of {kind!r}, found {header.get('format')!r}")
-    if not header.get("version", "").isdecimal():
-        raise ArtefactError(f"{path}: its header gives no version")
-    if int(header["version"]) > version:
-        raise ArtefactError(
-            f"{path}: written as version {header['version']}, this package reads up to {version}: upgrade it"
-        )
-    return tensors, header
+        return cls(fitted=fitted, fingerprint=facts.get("base_fingerprint", ""))
 
 
 class GridChoice:

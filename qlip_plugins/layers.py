@@ -30,7 +30,7 @@ _KINDS = (
 UNCONTROLLED = ("conv_in", "conv_out", "time_embedding", "shortcut", "downsample")
 """Kinds that keep their base width (our choice; the paper does not name K).
 
-The paper's BitOPs come out only with shortcuts and downsamplers left at 32 bits (method.md 6); the
+The paper's BitOPs come out only with shortcuts and downsamplers left at 32 bits (docs/method.md); the
 first, last and time layers are few, and sensitive by common experience.
 """
 

@@ -1,4 +1,4 @@
-"""Cost of a bit plan: FAB and BitOPs (method.md 6). All of it is counted, none of it measured."""
+"""Cost of a bit plan: FAB and BitOPs (docs/method.md). All of it is counted, none of it measured."""
 
 from __future__ import annotations
 

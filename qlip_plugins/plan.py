@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .artefacts import read_tensors, write_tensors
 from .errors import ArtefactError, BitsError
-from .files import written_whole
-from .grids import read_safetensors
 from .recipe import FULL_PRECISION
 
 PLAN_FORMAT = "qlip-plugins plan"
@@ -71,6 +69,11 @@ class BitPlan:
                 "was made for another scheduler or another number of steps"
             ) from None
 
+    def only(self, prompt: int) -> BitPlan:
+        """The plan of one prompt."""
+        quality = None if self.quality is None else self.quality[prompt : prompt + 1]
+        return BitPlan(self.bits[prompt : prompt + 1], self.timesteps, self.layers, quality)
+
     def fab(self) -> list[float]:
         """Feature average bit of each prompt: the mean over steps and layers, each counted once."""
         averages: list[float] = self.bits.double().mean(dim=(1, 2)).tolist()
@@ -83,15 +86,15 @@ class BitPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as safetensors, whole or not at all."""
-        header = {
-            "format": PLAN_FORMAT,
-            "version": str(PLAN_VERSION),
-            "timesteps": json.dumps(self.timesteps),
-            "layers": json.dumps(self.layers),
-            "quality": json.dumps(self.quality),
-        }
-        with written_whole(Path(path)) as temporary:
-            save_file({"bits": self.bits.contiguous()}, temporary, metadata=header)
+        write_tensors(
+            Path(path),
+            PLAN_FORMAT,
+            PLAN_VERSION,
+            {"bits": self.bits},
+            timesteps=self.timesteps,
+            layers=self.layers,
+            quality=self.quality,
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> BitPlan:
@@ -100,20 +103,28 @@ class BitPlan:
         Raises:
             ArtefactError: missing, damaged, or no plan.
         """
-        tensors, header = read_safetensors(Path(path), PLAN_FORMAT, PLAN_VERSION)
+        tensors, facts = read_tensors(Path(path), PLAN_FORMAT, PLAN_VERSION)
         try:
-            quality = json.loads(header["quality"])
+            quality = facts["quality"]
             return cls(
                 bits=tensors["bits"].to(torch.uint8),
-                timesteps=tuple(json.loads(header["timesteps"])),
-                layers=tuple(json.loads(header["layers"])),
+                timesteps=tuple(facts["timesteps"]),
+                layers=tuple(facts["layers"]),
                 quality=None if quality is None else tuple(quality),
             )
-        except (KeyError, TypeError, BitsError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, BitsError) as error:
             raise ArtefactError(f"{path}: not a plan: {error}") from None
 
     def draw(self, prompt: int = 0, title: str = "") -> Image.Image:
-        """A picture of one prompt's widths: a column for each step, a row for each layer."""
+        """A picture of one prompt's widths: a column for each step, a row for each layer.
+
+        Raises:
+            BitsError: there is no such prompt, or the plan sets no layer.
+        """
+        if not (0 <= prompt < self.prompts and self.layers):
+            raise BitsError(
+                f"a plan of {self.prompts} prompts and {len(self.layers)} layers, asked for prompt {prompt}"
+            )
         return _Drawing(self, prompt, title).image()
 
 
@@ -127,7 +138,7 @@ class _Drawing:
     def __init__(self, plan: BitPlan, prompt: int, title: str) -> None:
         self.plan = plan
         self.bits = plan.bits[prompt].T.numpy()
-        self.title = title
+        self.title = " ".join(title.split())
         self.cell_width = max(10, min(40, 560 // max(1, len(plan.timesteps))))
 
     def image(self) -> Image.Image:
@@ -153,7 +164,10 @@ class _Drawing:
         first, last = self.plan.timesteps[0], self.plan.timesteps[-1]
         draw.text((left, bottom), f"t = {first:g} (first step)", fill="black")
         end = f"t = {last:g} (last step)"
-        draw.text((max(left + 130, left + steps * self.cell_width - 6 * len(end)), bottom), end, fill="black")
+        if steps > 1:
+            draw.text(
+                (max(left + 130, left + steps * self.cell_width - 6 * len(end)), bottom), end, fill="black"
+            )
         return image
 
     def _legend(self, draw: ImageDraw.ImageDraw, left: int, y: int) -> None:

@@ -5,9 +5,13 @@ from torch import Tensor, nn
 
 
 class Q2B(nn.Module):
-    """Quality to bits (method.md 3): a three-way choice for each layer and group of steps.
+    """Quality to bits: a three-way choice for each layer and group of steps.
 
-    Starts neutral: p_m = p_h = 1/2, which gives the medium width everywhere.
+    With p_q = sigmoid((quality - 0.5) * slope + offset), p_m = sigmoid(medium_logit) and
+    p_h = sigmoid(high_logit), the probabilities are low = (1 - p_q)(1 - p_m),
+    medium = (1 - p_q) p_m + p_q (1 - p_h), high = p_q p_h (docs/method.md). `slope` and `offset` are
+    `(K,)`, the logits `(G, K)` for G groups of steps; all start at 0, which gives the medium width
+    everywhere.
 
     Args:
         layers: K, the number of controlled quantizers.

@@ -39,7 +39,7 @@ def round_straight_through(x: Tensor) -> Tensor:
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard`, the gradient of `soft` (method.md 3, after CADyQ). Equal shapes.
+    """The value of `hard`, the gradient of `soft` (docs/method.md, after CADyQ). Equal shapes.
 
     With hard = sum_b onehot_b Q_b(x) and soft = sum_b p_b Q_b(x) it is the choice of a width that
     training can move.

@@ -189,6 +189,8 @@ def _line_of(document: Document, found: dict[str, Any]) -> tuple[int, str]:
     message = found["msg"]
     if found["type"] == "missing" and message == "Field required":
         message = f"the key {found['loc'][-1]!r} is missing"
+    elif found["type"] in ("model_type", "dict_type"):
+        message = "a section is needed here, `key: value` lines or {key: value, ...}"
     elif found["type"] not in _OWN_WORDS and isinstance(found["input"], str | int | float | bool):
         message = f"{message}, found {found['input']!r}"
     return where.line, f"{where.dotted}: {message}" if where.dotted else message
@@ -229,11 +231,16 @@ def find_recipe(name_or_path: str | Path) -> Path:
     return path
 
 
+def _spelt_out_null(representer: Any, value: None) -> Any:
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
 def dump(section: dict[str, Any]) -> str:
     """A plain mapping as YAML text."""
     out = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
+    yaml.representer.add_representer(type(None), _spelt_out_null)
     yaml.dump(section, out)
     return out.getvalue()
 
@@ -254,6 +261,9 @@ def json_schema() -> tuple[dict[str, Any], dict[str, ImportError]]:
             broken[name] = error
         else:
             options[name] = config_class.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    for section in options.values():
+        section["required"] = ["adapter", *section.get("required", [])]
     schema["$defs"] |= options
     schema["properties"]["base"] = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in options]}
     return schema, broken

@@ -33,7 +33,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class StrictModel(BaseModel):
     """A frozen section of a recipe: unknown keys are errors that name the nearest valid one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     @model_validator(mode="wrap")
     @classmethod

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class T2Q(nn.Module):
-    """Text to quality: three linear layers from a prompt's embedding to one number (method.md 2).
+    """Text to quality: three linear layers from a prompt's embedding to one number (docs/method.md).
 
     Width and activation are our choice, the paper gives neither.
 

@@ -39,11 +39,12 @@ class TextToBitsConfig(StrictModel):
             the mean over tokens.
         hidden: width of T2Q's inner layers.
         menu: the widths it chooses from.
-        layers: the K quantizers it steers, in the order of its parameters.
+        layers: the K quantizers it steers, in the order of its parameters:
+            `qlip_plugins.layers.controlled(state.activations, attention=False)`.
         timesteps: of the schedule it is made for, T of them in sampling order.
         group: M.
         early: m.
-        base_fingerprint: of the base it was made on.
+        base_fingerprint: of the base it was made on, `CalibratedState.fingerprint`.
         origin: how it came to be, in words: trained (on what), or set by hand.
     """
 
@@ -64,6 +65,8 @@ class TextToBitsConfig(StrictModel):
     def _sizes_fit(self) -> Self:
         if max(self.group, self.early) > len(self.timesteps):
             raise PydanticCustomError("sizes", "group and early cannot exceed the number of timesteps")
+        if len(set(self.layers)) < len(self.layers) or len(set(self.timesteps)) < len(self.timesteps):
+            raise PydanticCustomError("sizes", "a layer or a timestep is listed twice")
         return self
 
 
@@ -107,7 +110,8 @@ class TextToBits(nn.Module):
         if ours.base_fingerprint != fingerprint:
             raise IncompatibleModelError(
                 f"the controller was made on the base {ours.base_fingerprint[:12]}..., this base is "
-                f"{fingerprint[:12]}...: other weights, bits or calibration. Train one for this base"
+                f"{fingerprint[:12]}...: other weights, bits or calibration. A controller has to be "
+                "made on this base (docs/method.md; this version does not train one yet)"
             )
         if ours.menu != menu:
             raise IncompatibleModelError(
@@ -121,7 +125,12 @@ class TextToBits(nn.Module):
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, both or neither."""
+        """Write `config.json` and `model.safetensors`, both or neither.
+
+        Raises:
+            ArtefactError: a parameter is NaN or infinite, or the folder holds something else.
+        """
+        check_finite(Path(folder), self.state_dict())
         with folder_written_whole(Path(folder), FORMAT, CONFIG_NAME, WEIGHTS_NAME) as temporary:
             (temporary / CONFIG_NAME).write_text(
                 self.config.model_dump_json(indent=2) + "\n", encoding="utf-8"

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from qlip_plugins.adapter import Inspection
+from qlip_plugins.errors import ArtefactError
 
+from .config import QDiffusionConfig
 from .contents import Contents, read_contents
-from .options import RECORD, possible_weight_bits, read_record
+from .options import RECORD, possible_weight_bits, read_record, resolve
 from .reader import FORMAT, map_names
 
 
@@ -34,7 +36,7 @@ def inspect(path: Path) -> Inspection:
         split_layers=len(contents.split_layers),
         base=base,
         unknown=unknown,
-        notes=_notes(record, possible),
+        notes=_notes(record, possible, contents, base if not unknown else None),
         details={
             "attention_operands": len(contents.operands),
             "negative_steps": sum(
@@ -61,14 +63,19 @@ def _told(contents: Contents, record: dict[str, Any], weight_bits: int | None) -
     return told
 
 
-def _notes(record: dict[str, Any], possible: list[int] | None) -> tuple[str, ...]:
+def _notes(
+    record: dict[str, Any], possible: list[int] | None, contents: Contents, base: dict[str, Any] | None
+) -> tuple[str, ...]:
+    """What a reader should know; with a complete `base:` also what the loader would hold against it."""
     notes = []
     if not record:
         notes.append(f"no {RECORD} beside it: the widths of activations and softmax are not in the file")
     if possible is not None and len(possible) != 1:
         shown = " or ".join(map(str, possible)) or "no width from 2 to 16"
         notes.append(f"the weights and their steps fit {shown}")
-    recorded = record.get("weight_bit")
-    if recorded is not None and possible is not None and recorded not in possible:
-        notes.append(f"{RECORD} says weight_bit: {recorded}, which contradicts the weights")
+    try:
+        if base is not None:
+            resolve(QDiffusionConfig(**base), contents)
+    except ArtefactError as error:
+        notes.append(f"does not load with {RECORD} as it is: {error}")
     return tuple(notes)

@@ -47,9 +47,36 @@ def test_inspect_without_a_record_says_what_is_unknown(
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
     assert "weight_bits: 4" in text
-    assert "note: activation_bits is in neither the file nor a record" in text
+    assert "# note: activation_bits is in neither the file nor a record" in text
     assert "note: softmax_bits is in neither" in text
     assert "activation_bits: null" not in text, "null would mean weights only"
+
+
+def test_what_inspect_prints_is_a_recipe(
+    golden: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for case in ("w4a8", "w4"):
+        assert main(["inspect", str(golden / "qdiffusion" / case / "ckpt.pth")]) == 0
+        path = tmp_path / "my.yaml"
+        path.write_text(capsys.readouterr().out)
+        assert Recipe.from_yaml(path).missing_files() == [
+            f"model.pipeline: {tmp_path}/path/to/the/calibrated/pipeline"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("case", "note"), [("w8a8", "weight_bits is given as 8"), ("w4a8", "beyond the last code 255")]
+)
+def test_inspect_sees_that_the_record_is_another_run_s(
+    golden: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, case: str, note: str
+) -> None:
+    (tmp_path / "ckpt.pth").write_bytes((golden / "qdiffusion" / "w4a16" / "ckpt.pth").read_bytes())
+    record = (golden / "qdiffusion" / case / "sampling_config.yaml").read_text()
+    (tmp_path / "sampling_config.yaml").write_text(record)
+    assert main(["inspect", str(tmp_path / "ckpt.pth")]) == 0
+    text = capsys.readouterr().out
+    assert "# note: does not load with sampling_config.yaml as it is" in text
+    assert note in text
 
 
 def test_inspect_of_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +183,49 @@ def test_text_prompts_need_a_text_encoder(tmp_path: Path, capsys: pytest.Capture
     path.write_text("\n".join(line for line in shown.splitlines() if "prompt_embeddings:" not in line))
     assert main(["generate", str(path), "--prompt", "a cat", *SAMPLING, "--out", str(tmp_path / "out")]) == 4
     assert "has no tokenizer or no text encoder" in capsys.readouterr().err
+
+
+def test_no_ranges_for_weights_only(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = subprocess_free_show(capsys)
+    path = tmp_path / "r.yaml"
+    path.write_text(shown.replace("activation_bits: 8\n", "activation_bits: null\n"))
+    out = tmp_path / "ranges.safetensors"
+    assert main(["fit-ranges", str(path), "--prompt", "row 1", *SAMPLING, "--out", str(out)]) == 4
+    assert "no range to fit" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--steps", "ten", "expected a whole number from 1 to 1000, found 'ten'"),
+        ("--steps", "2000", "expected a whole number from 1 to 1000"),
+        ("--guidance", "nan", "expected a finite number, found 'nan'"),
+        ("--guidance", "strong", "expected a finite number, found 'strong'"),
+    ],
+)
+def test_settings_are_checked(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", "golden-w4a8", "--prompt", "row 1", "--out", "nowhere", option, value])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "generate",
+        "golden-w4a8",
+        "--prompt",
+        "row 1",
+        "--device",
+        "nonsense",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(command) == 4
+    assert "device 'nonsense' cannot be used" in capsys.readouterr().err
 
 
 def test_fit_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -716,3 +716,35 @@ def test_k_of_the_shipped_controller(states: dict[str, CalibratedState]) -> None
     assert config.layers == controlled(states["w4a8"].activations, attention=False)
     assert config.base_fingerprint == states["w4a8"].fingerprint
     assert "not trained" in config.origin
+
+
+def test_half_precision_pipelines_can_be_reported(model: GoldenModel) -> None:
+    pipe = model.pipe()
+    with apply(pipe, SHIPPED) as controller:
+        sample(pipe, "row 12")
+        expected = controller.report()
+    pipe = pipe.to(torch.bfloat16)
+    with apply(pipe, SHIPPED) as controller:
+        states = embeddings("row 12", "").to(torch.bfloat16)
+        pipe(
+            prompt_embeds=states[:1],
+            negative_prompt_embeds=states[1:],
+            num_inference_steps=10,
+            guidance_scale=3.0,
+            output_type="latent",
+        )
+        report = controller.report()
+    assert report.mean.bitops_full == pytest.approx(expected.mean.bitops_full, rel=0.05)
+
+
+def test_a_table_of_several_prompts_gives_each_its_own(model: GoldenModel, tmp_path: Path) -> None:
+    pipe = model.pipe()
+    path = tmp_path / "plan.safetensors"
+    with apply(pipe, SHIPPED) as controller:
+        steered = sample(pipe, "row 12", "row 21")
+        assert controller.plan is not None
+        controller.plan.save(path)
+    with apply(pipe, changed(controller=TableController(kind="table", plan=path))):
+        assert torch.equal(sample(pipe, "row 12", "row 21"), steered)
+        with pytest.raises(BitsError, match="the plan holds 2 prompts, the batch 3"):
+            sample(pipe, "row 12", "row 21", "row 5")

@@ -81,3 +81,20 @@ def test_the_picture_shows_steps_across_and_layers_down() -> None:
     second = np.asarray(plan().draw(1))
     assert not np.array_equal(image[60:70, 150:], second[60:70, 150 : image.shape[1]])
     assert isinstance(plan().draw(), Image.Image)
+
+
+def test_equal_plans_are_equal_files_with_the_usual_permissions(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    plan().save(first)
+    plan().save(second)
+    (tmp_path / "usual").touch()
+    assert first.read_bytes() == second.read_bytes()
+    assert first.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_one_prompt_of_a_plan() -> None:
+    one = plan().only(1)
+    assert (one.prompts, one.quality) == (1, (0.9,))
+    assert torch.equal(one.bits[0], plan().bits[1])
+    with pytest.raises(BitsError, match="asked for prompt 1"):
+        one.draw(1)

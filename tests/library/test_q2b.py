@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qlip_plugins.errors import ArtefactError, IncompatibleModelError
 from qlip_plugins.q2b import Q2B, choose
@@ -68,7 +69,7 @@ def test_probabilities_are_the_equations() -> None:
 
 
 def test_the_choice_is_two_thresholds_on_quality() -> None:
-    """method.md 3: low iff ..., high iff ..., else medium; 20,000 random cases."""
+    """docs/method.md: low iff ..., high iff ..., else medium; 20,000 random cases."""
     draw = random.Random(0)
     for _ in range(20_000):
         a, b, x = draw.random(), draw.random(), draw.uniform(-6, 6)
@@ -241,9 +242,13 @@ def test_a_damaged_controller_is_refused(tmp_path: Path, damage: object, message
 
 def test_a_controller_with_nan_is_refused(tmp_path: Path) -> None:
     model = controller()
+    model.save_pretrained(tmp_path / "c")
     with torch.no_grad():
         model.q2b.slope[0] = float("nan")
-    model.save_pretrained(tmp_path / "c")
+    with pytest.raises(ArtefactError, match=r"q2b\.slope.*NaN"):
+        model.save_pretrained(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    save_file(model.state_dict(), tmp_path / "c" / "model.safetensors")
     with pytest.raises(ArtefactError, match=r"q2b\.slope.*NaN"):
         TextToBits.from_pretrained(tmp_path / "c")
 
