@@ -9,7 +9,7 @@ from qlip_plugins.quantizer import fake_quantize, round_straight_through, straig
 
 
 def written_out(value: float, grid: ActGrid) -> float:
-    """The formula of formats.md for one value, in float32 steps, without tensors' broadcasting."""
+    """The formula of docs/method.md for one value, in float32 steps, without tensors' broadcasting."""
     step = torch.tensor(grid.scale)
     rounded = float(torch.round(torch.tensor(value) / step)) + grid.zero_point
     code = min(max(rounded, grid.low_code), grid.high_code)
@@ -103,7 +103,7 @@ def on(grid: ActGrid, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_range_that_loses_the_signal_is_refused_unless_asked_for() -> None:
-    """Formats 1.4: a 16-bit range trained far too wide makes 8 bits inside it useless."""
+    """A 16-bit range that training drove far too wide makes 8 bits inside it useless."""
     wide = ActGrid.asymmetric(16, 2e-3, 32768)
     x = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * 0.1
     quantized = on(wide.at_width(8), x)
