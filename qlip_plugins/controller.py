@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
 import torch
@@ -300,7 +300,10 @@ class BitController:
         guided = getattr(self._pipe, "do_classifier_free_guidance", None)
         if not self._planner.by_prompt:
             return 2 if (halves_equal if guided is None else guided) and rows % 2 == 0 else 1
-        if guided is None or bool(guided) != halves_equal or states.shape[0] != rows:
+        # Prompts of one batch may share their noise; then the word of the pipeline that is calling counts.
+        same_noise = guided is False and halves_equal and _is_calling(self._pipe)
+        agreed = guided is not None and (bool(guided) == halves_equal or same_noise)
+        if not agreed or states.shape[0] != rows:
             said = (
                 "does not say whether it guides"
                 if guided is None
@@ -309,8 +312,7 @@ class BitController:
             raise IncompatibleModelError(
                 f"which of the call's {rows} rows belong to which prompt is unclear: {type(self._pipe).__name__} "
                 f"{said}, the two halves of the samples are {'equal' if halves_equal else 'not equal'}, and there "
-                f"are {states.shape[0]} text states. Apply the recipe to the pipeline that you call; without "
-                "guidance, give prompts of one batch different noise"
+                f"are {states.shape[0]} text states. Apply the recipe to the pipeline that you call"
             )
         return 2 if guided else 1
 
@@ -365,6 +367,16 @@ class BitController:
 class _Shape:
     size: tuple[int, ...]
     dtype: torch.dtype
+
+
+def _is_calling(pipe: Any) -> bool:
+    """Whether a method of `pipe` is among the callers, so that what it says of itself is not stale."""
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is pipe:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _shapes_of(value: Any) -> Any:

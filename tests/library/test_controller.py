@@ -450,6 +450,21 @@ def test_another_pipeline_on_the_same_unet_is_refused(model: GoldenModel) -> Non
             sample(other, "row 1", "row 2", guidance_scale=1.0)
 
 
+def test_prompts_may_share_their_noise(model: GoldenModel) -> None:
+    """Without guidance equal halves are then two prompts, not one prompt's two halves."""
+    pipe = model.pipe()
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    with apply(pipe, SHIPPED) as controller:
+        sample(pipe, "row 12", "row 21", latents=noise, guidance_scale=1.0)
+        alone = controller.plan
+        sample(pipe, "row 12", "row 21", latents=noise)
+        guided = controller.plan
+    assert alone is not None
+    assert guided is not None
+    assert alone.prompts == guided.prompts == 2
+    assert alone.digest() == guided.digest()
+
+
 def test_a_second_recipe_is_refused_by_name(model: GoldenModel) -> None:
     pipe = model.pipe()
     with apply(pipe, SHIPPED), pytest.raises(IncompatibleModelError, match=r"a recipe is applied .* already"):
