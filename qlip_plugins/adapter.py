@@ -40,7 +40,7 @@ class Inspection:
     """What a checkpoint says of itself, and the recipe lines that would load it.
 
     `weight_bits` is what the tensors reveal, None where they leave it open. `base` is the `base:`
-    section of a recipe; a value of None in `unknown` names an option that the user must supply.
+    section of a recipe, without the options that `unknown` names: those the user must supply.
     """
 
     format: str

@@ -62,7 +62,7 @@ def fit_ranges(
     quantizers: Mapping[str, ActQuantizer],
     state: CalibratedState,
     widths: Iterable[int],
-    run: Callable[[], None],
+    run: Callable[[], object],
     seed: int = 0,
 ) -> Ranges:
     """Fit a range for each width and quantizer.

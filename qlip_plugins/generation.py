@@ -108,8 +108,14 @@ def _absent_components(folder: Path) -> dict[str, None]:
     return {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
 
 
-def noise_seed(seed: int, prompt: str, number: int = 0) -> int:
-    """The noise seed of one picture, whatever else is in its batch or came before."""
+def noise_seeds(prompts: Sequence[str], seed: int) -> list[int]:
+    """The noise seed of each picture: from its prompt, and how often that came before, and nothing else."""
+    return [
+        _noise_seed(seed, prompt, list(prompts[:index]).count(prompt)) for index, prompt in enumerate(prompts)
+    ]
+
+
+def _noise_seed(seed: int, prompt: str, number: int) -> int:
     digest = hashlib.sha256(f"{seed}\n{number}\n{prompt}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
@@ -119,7 +125,9 @@ def sample(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings
     call: dict[str, Any] = {
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
-        "generator": [torch.Generator("cpu").manual_seed(noise_seed(settings.seed, p)) for p in prompts],
+        "generator": [
+            torch.Generator("cpu").manual_seed(seed) for seed in noise_seeds(prompts, settings.seed)
+        ],
         "output_type": "latent" if getattr(pipe, "vae", None) is None else "pil",
     }
     if recipe.model.prompt_embeddings is None:
@@ -154,7 +162,7 @@ def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Pa
         plan = controller.plan
         assert plan is not None  # sampling has called the denoiser
         for index, prompt in enumerate(prompts):
-            _picture(images[index], prompt, report).save(folder / f"{index:03d}.png")
+            _picture(images[index], prompt).save(folder / f"{index:03d}.png")
             if plan.layers:
                 _draw_plan(plan, index, prompt).save(folder / f"{index:03d}-bits.png")
         plan.save(folder / "plan.safetensors")
@@ -176,13 +184,9 @@ def fit_recipe_ranges(recipe: Recipe, prompts: Sequence[str], settings: Settings
             controller.quantizers,
             controller.state,
             recipe.activation_bits.widths,
-            lambda: _discard(sample(pipe, recipe, prompts, settings)),
+            lambda: sample(pipe, recipe, prompts, settings),
             settings.seed,
         )
-
-
-def _discard(images: Any) -> None:
-    """Calibration looks at activations, not at pictures."""
 
 
 def _report(
@@ -200,19 +204,17 @@ def _report(
         },
         "settings": asdict(settings),
         "prompts": [
-            {"prompt": prompt, "noise_seed": noise_seed(settings.seed, prompt), **cost}
-            for prompt, cost in zip(prompts, costs, strict=True)
+            {"prompt": prompt, "noise_seed": seed, **cost}
+            for prompt, seed, cost in zip(prompts, noise_seeds(prompts, settings.seed), costs, strict=True)
         ],
         **report,
     }
 
 
-def _picture(image: Any, prompt: str, report: dict[str, Any]) -> Image.Image:
-    return (
-        image
-        if isinstance(image, Image.Image)
-        else draw_latent(image, f"{prompt}: latent, 4 channels, no decoder")
-    )
+def _picture(image: Any, prompt: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    return draw_latent(image, f"{prompt}: latent, {len(image)} channels, no decoder")
 
 
 def draw_latent(latent: Tensor, title: str) -> Image.Image:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from qlip_plugins import BitPlan, load_base_quantizer
 from qlip_plugins.cli import main
+from qlip_plugins.generation import noise_seeds
 from qlip_plugins.recipe import Recipe
 
 SAMPLING = ["--steps", "4", "--guidance", "3"]
@@ -125,6 +126,14 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (out / "000.png").read_bytes()
     assert main(command) == 0, "an earlier result of this command is replaced"
     assert (out / "000.png").read_bytes() == before, "and the same command makes the same picture"
+
+
+def test_noise_seeds() -> None:
+    first, second, again = noise_seeds(["a", "b", "a"], seed=0)
+    assert len({first, second, again}) == 3
+    assert noise_seeds(["b"], seed=0) == [second]
+    assert noise_seeds(["b", "a"], seed=0) == [second, first]
+    assert noise_seeds(["b"], seed=1) != [second]
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
