@@ -27,8 +27,8 @@ LOST_SIGNAL = 0.5
 WASTED_WIDTH = (0.1, 300)
 """Or: this relative squared error, when the row's own range would make it so many times smaller.
 
-Measured on the golden files: sound ranges at 4 to 6 bits stay below 210 times; steps that training drove
-8 to 20 times too wide, at 8 bits, are above 600.
+Set between what the golden files show (tests/library/test_controller.py): their own ranges must pass down
+to 4 bits, and must not at 8 bits once their steps are 13 times too wide.
 """
 
 

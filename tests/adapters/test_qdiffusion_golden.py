@@ -92,20 +92,12 @@ def test_layers_and_attentions(model: GoldenModel, states: dict[str, CalibratedS
 def test_whole_unet(model: GoldenModel, states: dict[str, CalibratedState], case: str) -> None:
     recorded = load_file(model.folder / "qdiffusion" / case / "outputs.safetensors")
     unet = model.unet()
-    with load_installed(unet, states[case]):
-        for index in range(6):
-            with torch.no_grad():
-                out = unet(**model.call(index)).sample
-            expected = recorded.get(f"out_wa_{index}", recorded[f"out_w_{index}"])
-            assert relative(out, expected) <= OUTPUT_TOLERANCE[case], index
-
-
-def load_installed(unet: torch.nn.Module, state: CalibratedState) -> Any:
-    from contextlib import closing
-
-    installed: Any = load_backend("torch").install(unet, state)
-    installed.close = installed.remove
-    return closing(installed)
+    load_backend("torch").install(unet, states[case])
+    for index in range(6):
+        with torch.no_grad():
+            out = unet(**model.call(index)).sample
+        expected = recorded.get(f"out_wa_{index}", recorded[f"out_w_{index}"])
+        assert relative(out, expected) <= OUTPUT_TOLERANCE[case], index
 
 
 @pytest.mark.parametrize("case", ["w4a8", "w8a8", "w4a16"])

@@ -38,7 +38,7 @@ def test_fitted_ranges_beat_kept_ones(
     for quantizer in quantizers.values():
         quantizer.set_bits(32)
     exact = run_all(model, unet)
-    ranges = fit_ranges(quantizers, state, (4, 8, 32), lambda: print(run_all(model, unet).shape))
+    ranges = fit_ranges(quantizers, state, (4, 8, 32), lambda: run_all(model, unet))
     quantizers.remove()
     quantizers = backend.install(unet, state, ranges)
     for quantizer in quantizers.values():
@@ -59,12 +59,12 @@ def test_fitted_ranges_beat_kept_ones(
 def test_the_base_width_is_never_fitted(model: GoldenModel, states: dict[str, CalibratedState]) -> None:
     unet = model.unet()
     quantizers = load_backend("torch").install(unet, states["w4a8"])
-    ranges = fit_ranges(quantizers, states["w4a8"], (8, 16, 32), lambda: print(run_all(model, unet).shape))
+    ranges = fit_ranges(quantizers, states["w4a8"], (8, 16, 32), lambda: run_all(model, unet))
     assert set(ranges.fitted["conv_in"]) == {16}
     softmax = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.softmax"
     assert set(ranges.fitted[softmax]) == {8}
     assert ranges.fingerprint == states["w4a8"].fingerprint
-    again = fit_ranges(quantizers, states["w4a8"], (8, 16, 32), lambda: print(run_all(model, unet).shape))
+    again = fit_ranges(quantizers, states["w4a8"], (8, 16, 32), lambda: run_all(model, unet))
     assert again == ranges, "the same seed and inputs give the same ranges"
 
 
