@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .checkpoint import check_finite
+from .embeddings import Pooling
 from .errors import ArtefactError, IncompatibleModelError
 from .files import folder_written_whole
 from .plan import BitPlan
@@ -26,8 +27,6 @@ from .t2q import T2Q
 FORMAT: Literal["qlip-plugins controller"] = "qlip-plugins controller"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-
-Pooling = Literal["eos", "mean"]
 
 
 class TextToBitsConfig(StrictModel):
