@@ -37,10 +37,10 @@ def train_t2q(
     train_rows: Sequence[int],
     held_rows: Sequence[int],
     hidden: int = 256,
-    steps: int = 2000,
-    lr: float = 1e-3,
+    steps: int = 1000,
+    lr: float = 3e-4,
     weight_decay: float = 0.1,
-    dropout: float = 0.3,
+    dropout: float = 0.5,
     seed: int = 0,
     device: str = "cpu",
 ) -> tuple[T2Q, dict[str, Any]]:
@@ -229,21 +229,18 @@ class Q2BTraining:
 
     Args:
         bit_weight: lambda, the relative squared error of a prediction that one bit of mean width is worth.
-        trajectories: whole samplings to train on.
+        trajectories: whole samplings to train on, an optimiser step after each.
         batch: prompts of each.
-        update_every: calls of the denoiser whose gradients make one optimiser step; a sampling's last
-            step takes what is left over.
-        lr: learning rate of Adam.
+        lr: learning rate of Adam; no parameter moves by much more in one step.
     """
 
     bit_weight: float
-    trajectories: int = 200
-    batch: int = 4
-    update_every: int = 5
-    lr: float = 0.02
+    trajectories: int = 100
+    batch: int = 8
+    lr: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.bit_weight < 0 or min(self.trajectories, self.batch, self.update_every) < 1 or self.lr <= 0:
+        if self.bit_weight < 0 or min(self.trajectories, self.batch) < 1 or self.lr <= 0:
             raise ValueError(f"need bit_weight >= 0, counts >= 1 and lr > 0, found {self}")
 
 
@@ -359,7 +356,8 @@ def train_q2b(
         |eps - eps_hat|^2 / |eps|^2 + bit_weight * mean_k (b_high p_high + b_medium p_medium),
 
     mean over prompts, of the prediction that the scheduler is given, after guidance. Widths are chosen
-    hard, gradients pass through the probabilities; none passes from one call to the next.
+    hard, gradients pass through the probabilities; none passes from one call to the next. After the last
+    call Adam takes one step along the mean gradient.
 
     Args:
         pipe: its UNet carries `quantizers`, and its scheduler is followed.
@@ -494,17 +492,20 @@ class _Q2BTrainer:
         teacher, student = self._branches(len(rows))
         timesteps = student.scheduler.timesteps
         found = []
-        for call, timestep in enumerate(timesteps):
+        for timestep in timesteps:
             with torch.no_grad():
                 target = teacher.predict(timestep, states)
             probabilities = self._choose_widths(quality, float(timestep), len(states) // len(rows))
             predicted = student.predict(timestep, states)
             error = _relative_error(predicted, target)
             loss = error + self.training.bit_weight * self._mean_bits(probabilities)
-            self._learn(loss, call, len(timesteps))
+            (loss / len(timesteps)).backward()
             found.append(torch.stack([error.detach(), loss.detach()]))
             teacher.step(target, timestep)
             student.step(predicted, timestep)
+        # Not sooner: Adam would go on moving a group of steps while the others' calls are made.
+        self.optimiser.step()
+        self.optimiser.zero_grad()
         mse, mean_loss = torch.stack(found).mean(0).tolist()
         return Q2BRecord(number, mse, float(fab), mean_loss)
 
@@ -535,15 +536,6 @@ class _Q2BTrainer:
     def _mean_bits(self, probabilities: Tensor) -> Tensor:
         """Mean over prompts and K of b_high p_high + b_medium p_medium; the low width costs nothing."""
         return (probabilities[..., 1:] * self.widths[1:]).sum(-1).mean()
-
-    def _learn(self, loss: Tensor, call: int, calls: int) -> None:
-        """Add a call's gradient; at the end of a run of calls take a step along their mean."""
-        every = self.training.update_every
-        run = min(every, calls - call // every * every)
-        (loss / run).backward()
-        if call % every == every - 1 or call == calls - 1:
-            self.optimiser.step()
-            self.optimiser.zero_grad()
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
