@@ -110,7 +110,7 @@ class TextToBits(nn.Module):
             raise IncompatibleModelError(
                 f"the controller was made on the base {ours.base_fingerprint[:12]}..., this base is "
                 f"{fingerprint[:12]}...: other weights, bits or calibration. A controller has to be "
-                "made on this base (docs/method.md; this version does not train one yet)"
+                "made on this base (docs/method.md, Train)"
             )
         if ours.menu != menu:
             raise IncompatibleModelError(

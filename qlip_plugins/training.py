@@ -70,8 +70,10 @@ def train_t2q(
         (`sqrt_rho` for the label of one picture, `ceiling` for the mean over seeds that is learnt).
 
     Raises:
-        ValueError: a row is both trained and held, or either set is too small.
+        ValueError: a row is both trained and held, either set is too small, or the dropout is not below 1.
     """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"a dropout of {dropout}, expected 0 or more, and less than 1")
     if set(train_rows) & set(held_rows):
         raise ValueError("a row is both in train_rows and held_rows")
     fit_rows, stop_rows = _split_by_concept(labels, train_rows, seed)
@@ -83,7 +85,7 @@ def train_t2q(
     mean, deviation = _standardisation(labels.embeddings[fit_rows])
     z = ((labels.embeddings - mean) / deviation).to(device)
     targets = labels.targets.to(device)
-    with _seeded(seed, device):
+    with _seeded(seed):
         t2q = T2Q(z.shape[1], hidden)
         _centre(t2q, float(labels.targets[fit_rows].mean()))
         best_step = _fit(t2q.to(device), z, targets, fit_rows, stop_rows, steps, lr, weight_decay, dropout)
@@ -132,10 +134,10 @@ def _standardisation(embeddings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _seeded(seed: int, device: str) -> Iterator[None]:
-    devices = [device] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from the CPU's generator, started from `seed`; others' draws go on afterwards as if nothing was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -179,7 +181,8 @@ def _with_dropout(t2q: T2Q, z: Tensor, share: float) -> Tensor:
     for layer in t2q.layers:
         z = layer(z)
         if isinstance(layer, nn.GELU):
-            z = F.dropout(z, share)
+            # Drawn on the CPU, so that every device leaves out the same.
+            z = z * (torch.rand(z.shape) >= share).to(z) / (1 - share)
     return z.squeeze(-1)
 
 
@@ -317,7 +320,8 @@ def train_controller(
         base_fingerprint=state.fingerprint,
         origin=origin,
     )
-    text_to_bits = TextToBits(config)
+    with _seeded(settings.seed):
+        text_to_bits = TextToBits(config)
     text_to_bits.t2q.load_state_dict(t2q.state_dict())
     nn.init.constant_(text_to_bits.q2b.slope, initial_slope)
     ranges = load_ranges(recipe.ranges, state)
