@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from torch import Tensor
 
 from golden_model import GoldenModel
@@ -27,6 +28,8 @@ from qlip_plugins.training import (
     Q2BRecord,
     Q2BTraining,
     _batches,
+    _Branch,
+    _split_by_concept,
     fold_standardisation,
     schedule,
     train_controller,
@@ -96,6 +99,15 @@ def test_t2q_stops_before_it_learns_noise_by_heart() -> None:
     assert facts["ceiling"] == pytest.approx((2 * max(rho, 0) / (1 + max(rho, 0))) ** 0.5)
 
 
+def test_no_concept_stands_on_both_sides_of_the_split() -> None:
+    labels, train, _ = synthetic(noise=0.5)
+    fit, stopping = _split_by_concept(labels, train, seed=0)
+    concept = labels.tags["concept"]
+    assert sorted(fit + stopping) == train
+    assert not {concept[row] for row in fit} & {concept[row] for row in stopping}
+    assert stopping != _split_by_concept(labels, train, seed=1)[1]
+
+
 def test_the_same_seed_trains_the_same_t2q() -> None:
     labels, train, held = synthetic(noise=0.5)
     first, again, other = (
@@ -155,7 +167,7 @@ def trained(
 
 
 @torch.no_grad()
-def predictions(pipe: Any, prompts: EncodedPrompts, noise: Tensor) -> list[Tensor]:
+def predictions(pipe: Any, prompts: EncodedPrompts, noise: Tensor, seed: int = 0) -> list[Tensor]:
     """The guided prediction of every call while the pipeline itself samples."""
     found: list[Tensor] = []
 
@@ -168,6 +180,7 @@ def predictions(pipe: Any, prompts: EncodedPrompts, noise: Tensor) -> list[Tenso
         prompt_embeds=prompts.states,
         negative_prompt_embeds=prompts.empty.expand_as(prompts.states),
         latents=noise,
+        generator=torch.Generator().manual_seed(seed),
         num_inference_steps=SETTINGS.steps,
         guidance_scale=SETTINGS.guidance_scale,
         output_type="latent",
@@ -202,6 +215,21 @@ def test_the_loss_is_its_definition(
     bits = sum(32 * p / 2 + 16 / 2 for p in p_q) / 2
     assert record.loss - record.mse == pytest.approx(0.01 * bits, rel=1e-3)
     assert record.fab == 16.0
+
+
+@torch.no_grad()
+def test_a_trajectory_is_the_pipeline_s(model: GoldenModel, prompts: EncodedPrompts) -> None:
+    """Also where the sampler scales its input and draws noise at every step."""
+    pipe, batch = model.pipe(), prompts.only([1, 2])
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    noise = torch.randn(2, model.config["in_channels"], 8, 8, generator=torch.Generator().manual_seed(3))
+    expected = predictions(pipe, batch, noise, seed=7)
+    branch = _Branch(pipe, pipe.unet, SETTINGS, noise, seed=7)
+    states = torch.cat([batch.empty.expand_as(batch.states), batch.states])
+    for timestep, prediction in zip(branch.scheduler.timesteps, expected, strict=True):
+        found = branch.predict(timestep, states)
+        assert torch.allclose(found, prediction, atol=1e-5)
+        branch.step(found, timestep)
 
 
 @pytest.mark.parametrize("row", [0, 5])
