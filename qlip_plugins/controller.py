@@ -454,7 +454,7 @@ def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
     planner = make_planner(pipe, recipe, state)
     try:
         ranges = load_ranges(recipe.ranges, state)
-        _check_ranges(ranges, recipe, state, planner)
+        check_ranges(ranges, recipe, state, planner)
         quantizers = load_backend(recipe.backend).install(denoiser, state, ranges)
     except BaseException:
         planner.remove()
@@ -493,9 +493,9 @@ def make_planner(pipe: Any, recipe: Recipe, state: CalibratedState) -> Planner:
     if isinstance(section, StaticController):
         if section.bits == "base":
             return FixedPlanner(layers, known)
-        _check_something_to_control(layers, state)
+        check_something_to_control(layers, state)
         return FixedPlanner(layers, dict.fromkeys(layers, section.bits))
-    _check_something_to_control(layers, state)
+    check_something_to_control(layers, state)
     if isinstance(section, TableController):
         return TablePlanner(BitPlan.load(section.plan), known)
     return _prompt_planner(pipe, section, recipe, state, layers)
@@ -516,7 +516,12 @@ def _prompt_planner(
     return PromptPlanner(text_to_bits, EndOfTextState(encoder))
 
 
-def _check_something_to_control(layers: tuple[str, ...], state: CalibratedState) -> None:
+def check_something_to_control(layers: tuple[str, ...], state: CalibratedState) -> None:
+    """Check that K is not empty.
+
+    Raises:
+        IncompatibleModelError: it is: the base quantizes no activations.
+    """
     if not layers:
         raise IncompatibleModelError(
             f"{state.source}: the base quantizes no activations, so there are no bits to control. Give a base with "
@@ -524,8 +529,12 @@ def _check_something_to_control(layers: tuple[str, ...], state: CalibratedState)
         )
 
 
-def _check_ranges(ranges: Ranges, recipe: Recipe, state: CalibratedState, planner: Planner) -> None:
-    """With a table given, a width that it lacks is an error now, not at some step of some prompt."""
+def check_ranges(ranges: Ranges, recipe: Recipe, state: CalibratedState, planner: Planner) -> None:
+    """With a table given, a width that it lacks is an error now, not at some step of some prompt.
+
+    Raises:
+        IncompatibleModelError: the table lacks a width of the planner's.
+    """
     if recipe.ranges is None or recipe.ranges.table is None:
         return
     for name in planner.layers:

@@ -7,17 +7,20 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from .artefacts import read_tensors, write_tensors
 from .errors import ArtefactError, IncompatibleModelError, RecipeError
+from .progress import progress
 from .schema import nearest
 
 EMBEDDINGS_FORMAT = "qlip-plugins prompt embeddings"
 EMBEDDINGS_VERSION = 1
+
+Pooling = Literal["eos", "mean"]
 
 _REMEMBERED = 4096
 
@@ -70,6 +73,72 @@ class PromptEmbeddings:
         if states.ndim != 3 or len(prompts) != states.shape[0] or not states.isfinite().all():
             raise ArtefactError(f"{path}: {len(prompts)} prompts with states of shape {tuple(states.shape)}")
         return cls(prompts, states)
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts as the denoiser and the controller see them.
+
+    Args:
+        prompts: n prompts.
+        states: `(n, T, C)` conditional text states.
+        empty: `(T, C)`, the states of the empty prompt, for guidance.
+        embeddings: z, `(n, D)` float32.
+        pooling: how z comes from the text encoder's states.
+    """
+
+    prompts: tuple[str, ...]
+    states: Tensor
+    empty: Tensor
+    embeddings: Tensor
+    pooling: Pooling
+
+    def only(self, rows: Sequence[int]) -> EncodedPrompts:
+        """Some of the prompts."""
+        picked = list(rows)
+        prompts = tuple(self.prompts[row] for row in picked)
+        return EncodedPrompts(prompts, self.states[picked], self.empty, self.embeddings[picked], self.pooling)
+
+    @classmethod
+    def from_table(cls, table: PromptEmbeddings, prompts: Sequence[str]) -> Self:
+        """Prompts of a table, which must hold the empty one; z is the mean over tokens.
+
+        Raises:
+            RecipeError: the table lacks one.
+        """
+        states = table.of(prompts)
+        embeddings = MeanOfStates().embed(states).float()
+        return cls(tuple(prompts), states, table.of([""])[0], embeddings, "mean")
+
+    @classmethod
+    @torch.no_grad()
+    def from_pipeline(cls, pipe: Any, prompts: Sequence[str], pooling: Pooling) -> Self:
+        """Encode prompts with a pipeline's own text encoder, each alone.
+
+        Args:
+            pipe: a pipeline with `text_encoder`, `tokenizer` and diffusers' `encode_prompt`.
+            prompts: any texts.
+            pooling: how z comes from the states.
+
+        Raises:
+            IncompatibleModelError: it has no text encoder or tokenizer, or, for `eos`, no pooled state.
+        """
+        if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
+            raise IncompatibleModelError(
+                f"{type(pipe).__name__} has no tokenizer or no text encoder, so a prompt cannot be encoded. Give a "
+                "table of precomputed embeddings"
+            )
+        source: EmbeddingSource = EndOfTextState(pipe.text_encoder) if pooling == "eos" else MeanOfStates()
+        try:
+            encoded = []
+            for prompt in progress(["", *prompts], "encoding prompts"):
+                states = pipe.encode_prompt(prompt, pipe.device, 1, False)[0]
+                encoded.append((states[0].cpu(), source.embed(states)[0].float()))
+        finally:
+            source.remove()
+        (empty, _), *rest = encoded
+        states, embeddings = (torch.stack(part) for part in zip(*rest, strict=True))
+        return cls(tuple(prompts), states, empty, embeddings, pooling)
 
 
 class EmbeddingSource(Protocol):

@@ -81,7 +81,12 @@ def load_pipeline(recipe: Recipe) -> Any:
     return pipe
 
 
-def _placed(pipe: Any, settings: Settings) -> Any:
+def placed(pipe: Any, settings: Settings) -> Any:
+    """The pipeline, moved in place to the device and type of `settings`.
+
+    Raises:
+        HostError: the device cannot be used.
+    """
     try:
         pipe = pipe.to(settings.device)
         return pipe if settings.dtype == "float32" else pipe.to(getattr(torch, settings.dtype))
@@ -151,7 +156,7 @@ def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Pa
     Returns:
         The report as it stands in `report.json`.
     """
-    pipe = _placed(load_pipeline(recipe), settings)
+    pipe = placed(load_pipeline(recipe), settings)
     # The folder is checked before the work, so that a wrong one costs nothing.
     with (
         folder_written_whole(out, REPORT_FORMAT, REPORT_NAME, *_OWNED) as folder,
@@ -173,7 +178,7 @@ def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Pa
 
 def fit_recipe_ranges(recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Ranges:
     """Fit ranges for a recipe's menu while its base, at base width, generates `prompts`."""
-    pipe = _placed(load_pipeline(recipe), settings)
+    pipe = placed(load_pipeline(recipe), settings)
     at_base = recipe.model_copy(
         update={"ranges": None, "controller": StaticController(kind="static", bits="base")}
     )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .checkpoint import check_finite
+from .embeddings import Pooling
 from .errors import ArtefactError, IncompatibleModelError
 from .files import folder_written_whole
 from .plan import BitPlan
@@ -26,8 +27,6 @@ from .t2q import T2Q
 FORMAT: Literal["qlip-plugins controller"] = "qlip-plugins controller"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-
-Pooling = Literal["eos", "mean"]
 
 
 class TextToBitsConfig(StrictModel):
@@ -111,7 +110,7 @@ class TextToBits(nn.Module):
             raise IncompatibleModelError(
                 f"the controller was made on the base {ours.base_fingerprint[:12]}..., this base is "
                 f"{fingerprint[:12]}...: other weights, bits or calibration. A controller has to be "
-                "made on this base (docs/method.md; this version does not train one yet)"
+                "made on this base (docs/method.md, Train)"
             )
         if ours.menu != menu:
             raise IncompatibleModelError(

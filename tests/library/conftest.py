@@ -1,3 +1,3 @@
-from model_fixtures import edited, model, states
+from model_fixtures import edited, model, states, text_pipe, tokenizer
 
-__all__ = ["edited", "model", "states"]
+__all__ = ["edited", "model", "states", "text_pipe", "tokenizer"]

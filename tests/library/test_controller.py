@@ -20,7 +20,6 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from golden_model import GoldenModel
 from qlip_plugins import BitPlan, apply, load_backend
@@ -603,45 +602,10 @@ PROMPTS = ["a cat", "dog on a hill", "z", "", "q w e r t y u i o p a s d"]
 # --- a pipeline with a text encoder --------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
-
-
 @pytest.fixture
-def texted(model: GoldenModel, tokenizer: CLIPTokenizer, tmp_path: Path) -> tuple[Any, Recipe]:
-    """The golden UNet behind a real (untrained) CLIP text encoder, and a controller on its pooled state."""
-    torch.manual_seed(0)
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=8,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).eval()
-    plain = model.pipe()
-    pipe = StableDiffusionPipeline(
-        vae=None,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=plain.unet,
-        scheduler=plain.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
+def texted(text_pipe: Any, tmp_path: Path) -> tuple[Any, Recipe]:
+    """The pipeline with a text encoder, and a controller on its pooled state."""
+    pipe, tokenizer, encoder = text_pipe, text_pipe.tokenizer, text_pipe.text_encoder
     shipped = Recipe.load(SHIPPED)
     assert isinstance(shipped.controller, QlipController)
     old = TextToBits.from_pretrained(shipped.controller.path)
