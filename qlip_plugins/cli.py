@@ -124,8 +124,12 @@ def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     calibrate.add_argument("pipeline", help="folder, or hub id")
     calibrate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line")
-    calibrate.add_argument("--out", type=Path, required=True, help="folder to write; an earlier one is replaced")
-    calibrate.add_argument("--prompt-embeddings", metavar="FILE", help="for a pipeline without a text encoder")
+    calibrate.add_argument(
+        "--out", type=Path, required=True, help="folder to write; an earlier one is replaced"
+    )
+    calibrate.add_argument(
+        "--prompt-embeddings", metavar="FILE", help="for a pipeline without a text encoder"
+    )
     calibrate.add_argument("--weight-bits", type=int, default=4, metavar="BITS", help="2 to 8 (default 4)")
     calibrate.add_argument(
         "--activation-bits",
@@ -323,6 +327,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     from .calibration.settings import CalibrationSettings
     from .generation import Settings
 
+    out = options.out.resolve()
     sampling = Settings(
         steps=options.steps, guidance_scale=options.guidance, seed=options.seed, device=options.device
     )
@@ -343,11 +348,13 @@ def _calibrate(options: argparse.Namespace) -> int:
         settings,
         out=options.out,
         native=options.native,
-        work=options.work or options.out.with_name(f"{options.out.name}.work"),
+        work=options.work or out.with_name(f"{out.name}.work"),
         say=_say,
     )
     recipe = _recipe_for(result.base, result.model)
-    lines = [f"# {name}: relative squared error {error:.3e}" for name, error in result.report["errors"].items()]
+    lines = [
+        f"# {name}: relative squared error {error:.3e}" for name, error in result.report["errors"].items()
+    ]
     text = "\n".join([*lines, "# This is a recipe:", recipe.rstrip()])
     _print({**result.report, "recipe": recipe}, text, options.json)
     for path in result.written:

@@ -1,9 +1,9 @@
 """The self-describing folder of a calibrated model: packed weight codes, and a table of activation grids a width.
 
-    config.json                what it is, how it was made
-    weights.safetensors        codes of `bits` bits each, steps, zero points, biases, norms
-    activations-8.safetensors  the grids of one width
-    report.json                errors before and after learning
+config.json                what it is, how it was made
+weights.safetensors        codes of `bits` bits each, steps, zero points, biases, norms
+activations-8.safetensors  the grids of one width
+report.json                errors before and after learning
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -24,11 +24,11 @@ from .errors import ArtefactError, ForeignFormatError, IncompatibleModelError
 from .files import check_replaceable, folder_written_whole
 from .grids import ActGrid
 from .schema import StrictModel
-from .state import SAMPLED, CalibratedLayer, CalibratedState, WeightPart
+from .state import CalibratedLayer, CalibratedState, WeightPart, weight_sample
 
 NAME = "packed"
-FORMAT = "qlip-plugins packed"
-VERSION = 1
+FORMAT: Final = "qlip-plugins packed"
+VERSION: Final = 1
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.json"
@@ -54,7 +54,7 @@ class PackedConfig(StrictModel):
     format: Literal["qlip-plugins packed"]
     version: Literal[1]
     weight_bits: Annotated[int, Field(ge=2, le=8)]
-    activations: tuple[ActivationTable, ...]
+    activations: tuple[ActivationTable, ...] = Field(strict=False)
     fingerprint: str
     """Of the model with activations in floating point."""
     pipeline: str
@@ -170,7 +170,9 @@ def read_config(folder: Path) -> PackedConfig:
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ForeignFormatError(f"{path}: {error.strerror}, expected what `qlip-plugins calibrate` wrote") from None
+        raise ForeignFormatError(
+            f"{path}: {error.strerror}, expected what `qlip-plugins calibrate` wrote"
+        ) from None
     except ValueError as error:
         raise ArtefactError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -181,7 +183,7 @@ def read_config(folder: Path) -> PackedConfig:
             f"{path}: written as version {data.get('version')}, this package reads up to {VERSION}: upgrade it"
         )
     try:
-        return PackedConfig.model_validate_json(json.dumps(data))
+        return PackedConfig.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise ArtefactError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -252,8 +254,13 @@ def _write_weights(path: Path, state: CalibratedState) -> None:
             tensors[f"{name}.{place}.codes"] = pack_codes(part.codes, part.bits)
             tensors[f"{name}.{place}.scale"] = part.scale.flatten()
             tensors[f"{name}.{place}.zero_point"] = _small(part.zero_point.flatten())
-        tensors[f"{name}.sample"] = state.weight_samples[name]
+        tensors[f"{name}.sample"] = _sample(state, name)
     write_tensors(path, FORMAT, VERSION, tensors, shapes=shapes)
+
+
+def _sample(state: CalibratedState, name: str) -> Tensor:
+    weight = state.float_parameters.get(f"{name}.weight")
+    return state.weight_samples[name] if weight is None else weight_sample(weight)
 
 
 def _small(zero_point: Tensor) -> Tensor:
@@ -267,24 +274,19 @@ def _read_weights(path: Path, config: PackedConfig) -> CalibratedState:
     check_finite(path, tensors)
     layers: dict[str, CalibratedLayer] = {}
     samples: dict[str, Tensor] = {}
-    shapes = facts.get("shapes")
-    if not isinstance(shapes, dict) or not shapes:
-        raise ArtefactError(f"{path}: its header names no layers: the file is damaged")
     try:
-        for name, parts in shapes.items():
-            layers[name] = CalibratedLayer(
-                tuple(
-                    _read_part(tensors, f"{name}.{place}", tuple(shape), config.weight_bits)
-                    for place, shape in enumerate(parts)
-                )
+        for name, shapes in facts["shapes"].items():
+            parts = (
+                _read_part(tensors, f"{name}.{place}", tuple(shape), config.weight_bits)
+                for place, shape in enumerate(shapes)
             )
+            layers[name] = CalibratedLayer(tuple(parts))
             samples[name] = tensors.pop(f"{name}.sample")
-            if samples[name].ndim != 1 or len(samples[name]) > SAMPLED:
-                raise ValueError(f"{name}.sample: shape {tuple(samples[name].shape)}")
     except KeyError as error:
-        raise ArtefactError(f"{path}: tensor {error} is missing: the file is damaged") from None
-    except (ValueError, TypeError, RuntimeError) as error:
+        raise ArtefactError(f"{path}: {error} is missing: the file is damaged") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ArtefactError(f"{path}: the file is damaged: {error}") from None
+    # What is left are the parameters that are not quantized.
     return CalibratedState(NAME, layers, {}, tensors, samples, str(path.parent))
 
 

@@ -93,9 +93,7 @@ def ldm_names(diffusers_modules: Iterable[str]) -> dict[str, str]:
 
 def _place(ldm_path: str) -> list[tuple[int, int]]:
     """Sorts paths as LDM's state dict does."""
-    return [
-        (0, int(part)) if part.isdigit() else (1, _ORDER.index(part)) for part in ldm_path.split(".")
-    ]
+    return [(0, int(part)) if part.isdigit() else (1, _ORDER.index(part)) for part in ldm_path.split(".")]
 
 
 def _ldm_homes(paths: Iterable[str]) -> dict[str, str]:

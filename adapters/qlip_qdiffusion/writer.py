@@ -202,7 +202,9 @@ def _tensors(state: CalibratedState, names: dict[str, str]) -> OrderedDict[str, 
     return tensors
 
 
-def _layer_tensors(key: str, name: str, weight: Tensor, layer: CalibratedLayer) -> Iterator[tuple[str, Tensor]]:
+def _layer_tensors(
+    key: str, name: str, weight: Tensor, layer: CalibratedLayer
+) -> Iterator[tuple[str, Tensor]]:
     pieces = weight.split([part.codes.shape[1] for part in layer.weight], dim=1)
     for place, (suffix, piece, part) in enumerate(zip(_PARTS, pieces, layer.weight, strict=False)):
         quantizer = f"{key}.weight_quantizer{suffix}"

@@ -22,10 +22,9 @@ from ..state import OPERANDS, SPLIT_SUFFIX
 from .gathering import UnitSamples
 from .grid_search import range_grid, search_grid
 from .units import LayerSpec, Unit
-from .weights import reconstruction_loss
 
 _RATE = 1e-2
-_SEARCHED = 2**16
+_SEARCHED = 2**14
 _MOMENTUM = 0.95
 
 Start = Literal["mse", "running"]
@@ -71,7 +70,9 @@ class ActStep:
 
     def take(self, grid: ActGrid, device: torch.device) -> None:
         """Take a grid found earlier."""
-        self.place(torch.tensor(grid.scale, device=device), torch.tensor(float(grid.zero_point), device=device))
+        self.place(
+            torch.tensor(grid.scale, device=device), torch.tensor(float(grid.zero_point), device=device)
+        )
 
 
 class _QuantizeInput:
@@ -170,7 +171,9 @@ class _Watch:
         if step.from_zero:
             lows = torch.zeros_like(lows)
         if bool(lows.min() == highs.max()):
-            raise IncompatibleModelError(f"{step.name}: its quantizer sees a single value, so it has no range")
+            raise IncompatibleModelError(
+                f"{step.name}: its quantizer sees a single value, so it has no range"
+            )
         if start == "running":
             return range_grid(_running_mean(lows), _running_mean(highs), step.bits)
         values = torch.cat(self._values)
@@ -187,7 +190,12 @@ def _running_mean(values: Tensor) -> Tensor:
 
 
 def learn_steps(
-    activations: UnitActivations, module: nn.Module, samples: UnitSamples, iterations: int, seed: int
+    activations: UnitActivations,
+    module: nn.Module,
+    samples: UnitSamples,
+    error: float,
+    iterations: int,
+    seed: int,
 ) -> None:
     """Train the steps of a unit so that its output is kept; zero points stay.
 
@@ -198,6 +206,7 @@ def learn_steps(
         activations: of the unit, with their first grids.
         module: the unit's module in the quantized model.
         samples: its inputs and targets.
+        error: of the unit with the first grids.
         iterations: of Adam, under a cosine.
         seed: of the batches.
     """
@@ -211,7 +220,7 @@ def learn_steps(
         args, kwargs, target = samples.pick(order[iteration])
         for step, scale in zip(steps, (first * change.exp()).unbind(), strict=True):
             step.scale = scale
-        loss = reconstruction_loss(module(*args, **kwargs), target)
+        loss = samples.loss(module(*args, **kwargs), target, error)
         adam.zero_grad(set_to_none=True)
         loss.backward()
         adam.step()

@@ -83,7 +83,9 @@ def calibrate_pipeline(
     check_writable(out)
     pipe = placed(load_model(model), settings.sampling)
     if getattr(pipe, "unet", None) is None:
-        raise IncompatibleModelError(f"{pipeline}: {type(pipe).__name__} has no UNet, and only UNets are calibrated")
+        raise IncompatibleModelError(
+            f"{pipeline}: {type(pipe).__name__} has no UNet, and only UNets are calibrated"
+        )
     writer = None if native is None else _writer()
     for folder in _native_folders(native, settings).values():
         if writer is not None:
@@ -102,7 +104,9 @@ def _model_section(pipeline: str, prompt_embeddings: str | None) -> ModelSection
     try:
         return ModelSection.model_validate({key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{found['loc'][0]}: {found['msg']}" for found in error.errors())) from None
+        raise RecipeError(
+            "\n".join(f"{found['loc'][0]}: {found['msg']}" for found in error.errors())
+        ) from None
 
 
 def _described(model: ModelSection) -> dict[str, str]:
@@ -114,7 +118,9 @@ def _described(model: ModelSection) -> dict[str, str]:
 def _writer() -> CheckpointWriter:
     adapter = load_base_quantizer(NATIVE)
     if not isinstance(adapter, CheckpointWriter):
-        raise AdapterNotFoundError(f"the base quantizer {NATIVE!r} that is installed cannot write checkpoints")
+        raise AdapterNotFoundError(
+            f"the base quantizer {NATIVE!r} that is installed cannot write checkpoints"
+        )
     return adapter
 
 

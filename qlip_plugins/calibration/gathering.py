@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,22 +62,25 @@ class UnitSamples:
     def order(self, iterations: int, seed: int) -> Tensor:
         """Random rows of each iteration, `(iterations, batch)`, where the samples are."""
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randint(
-            len(self), (iterations, min(self.batch, len(self))), generator=generator
-        )
+        rows = torch.randint(len(self), (iterations, min(self.batch, len(self))), generator=generator)
         return rows.to(self.target.device)
 
     @torch.no_grad()
     def error(self, unit: nn.Module) -> float:
         """Squared error of the unit's output over the energy of its target."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for args, kwargs, target in self.batches():
-            found = unit(*args, **kwargs)
-            total += torch.stack(
-                [(found - target).double().square().sum(), target.double().square().sum()]
-            )
-        difference, energy = total.tolist()
-        return float(difference / max(energy, 1e-30))
+            total += (unit(*args, **kwargs) - target).double().square().sum()
+        return float(total) / self.energy / self.target.numel()
+
+    @cached_property
+    def energy(self) -> float:
+        """Mean square of the target."""
+        return max(float(self.target.double().square().mean()), 1e-30)
+
+    def loss(self, found: Tensor, target: Tensor, error: float) -> Tensor:
+        """Squared error of some rows, `()`, in units of the unit's `error` at the start: about 1 there."""
+        return (found - target).square().mean() / (max(error, 1e-12) * self.energy)
 
 
 class _Reached(Exception):  # noqa: N818 (no error: the unit has been reached)

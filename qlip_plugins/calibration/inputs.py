@@ -94,32 +94,38 @@ def collect(
     halves = 2 if settings.guidance_scale > 1 else 1
     used = list(prompts[: max(1, rows // halves)])
     chunk = max(1, batch // halves)
-    kept: list[dict[str, Tensor]] = []
-    for start in progress(range(0, len(used), chunk), "calibration inputs"):
-        some = used[start : start + chunk]
-        catcher = _Catcher(start, len(some), len(used), rows, settings)
-        with catcher.on(pipe):
-            # The place in the whole list gives a repeated prompt noise of its own.
-            sample_model(pipe, model, some, settings, before=used[:start], output_type="latent")
-        kept += catcher.kept
-    names = kept[0].keys()
-    return DenoiserInputs({name: torch.cat([call[name] for call in kept]) for name in names})
+    catcher = _Catcher(pipe, len(used), max(1, rows // halves))
+    with catcher.listening():
+        for start in progress(range(0, len(used), chunk), "calibration inputs"):
+            some = used[start : start + chunk]
+            catcher.expect(start, len(some))
+            sample_model(pipe, model, some, settings, "latent", before=used[:start])
+    return DenoiserInputs(
+        {name: torch.cat([call[name] for call in catcher.kept]) for name in catcher.kept[0]}
+    )
 
 
 class _Catcher:
-    """A pre-hook of the denoiser that keeps the rows of some prompts in some calls."""
+    """Keeps some rows of the calls of a pipeline's denoiser, on the CPU.
 
-    def __init__(self, first: int, here: int, prompts: int, rows: int, settings: Settings) -> None:
+    Args:
+        pipe: the pipeline.
+        prompts: how many it will sample in all.
+        wanted: how many calls to keep at most, those of one prompt counted singly.
+    """
+
+    def __init__(self, pipe: Any, prompts: int, wanted: int) -> None:
         self.kept: list[dict[str, Tensor]] = []
-        self._first, self._here, self._prompts, self._rows = first, here, prompts, rows
-        self._call = 0
-        self._every = 0
-        self._steps = settings.steps
+        self._pipe, self._prompts, self._wanted = pipe, prompts, wanted
+        self._first = self._here = self._call = 0
+
+    def expect(self, first: int, count: int) -> None:
+        """Say that the next calls are for `count` prompts, the first of which is number `first`."""
+        self._first, self._here, self._call = first, count, 0
 
     @contextmanager
-    def on(self, pipe: Any) -> Iterator[None]:
-        self._calls = lambda: len(pipe.scheduler.timesteps)
-        handle = pipe.unet.register_forward_pre_hook(self._catch, with_kwargs=True)
+    def listening(self) -> Iterator[None]:
+        handle = self._pipe.unet.register_forward_pre_hook(self._catch, with_kwargs=True)
         try:
             yield
         finally:
@@ -127,14 +133,12 @@ class _Catcher:
 
     def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = _rows_of(module, args, kwargs)
-        halves = len(found["sample"]) // self._here
-        if not self._every:
-            self._every = stride(self._calls(), self._prompts, max(1, self._rows // halves))
+        every = stride(len(self._pipe.scheduler.timesteps), self._prompts, self._wanted)
+        # The rows of a guided call: all prompts without, then all prompts with their text.
         chosen = [
-            half * self._here + place
-            for half in range(halves)
-            for place in range(self._here)
-            if (self._call + self._first + place) % self._every == 0
+            row
+            for row in range(len(found["sample"]))
+            if (self._call + self._first + row % self._here) % every == 0
         ]
         self._call += 1
         if chosen:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..adapter import load_backend
 from ..errors import RecipeError
 from ..grids import ActGrid
+from ..packed import NAME
 from ..progress import counted
 from ..recipe import ModelSection
-from ..state import CalibratedLayer, CalibratedState, weight_sample
+from ..state import CalibratedLayer, CalibratedState
 from .activations import UnitActivations, learn_steps, removed_after, start_grids
 from .gathering import gather
 from .inputs import DenoiserInputs, collect
@@ -30,7 +31,6 @@ from .units import Unit, find_units
 from .weights import bake, find_grids, learn_rounding
 from .work import UnitErrors, WorkFolder
 
-FORMAT = "packed"
 BACKEND = "torch"
 """On which the errors of whole models are measured."""
 
@@ -54,7 +54,11 @@ class Calibration:
 
     def state(self, activation_bits: int | None) -> CalibratedState:
         """The weights with the activation quantizers of one width; None: weights only."""
-        return self.weights if activation_bits is None else self.weights.with_activations(self.grids[activation_bits])
+        return (
+            self.weights
+            if activation_bits is None
+            else self.weights.with_activations(self.grids[activation_bits])
+        )
 
 
 def calibrate(
@@ -86,7 +90,9 @@ def calibrate(
         IncompatibleModelError: the denoiser is no UNet that can be taken apart.
     """
     if len(prompts) < 2:
-        raise RecipeError(f"{len(prompts)} prompts: at least two are needed, one of them only measures errors")
+        raise RecipeError(
+            f"{len(prompts)} prompts: at least two are needed, one of them only measures errors"
+        )
     with _exact_arithmetic():
         folder = WorkFolder(work, _identity(pipe, model, prompts, settings))
         inputs, held_out = _inputs(pipe, model, prompts, settings, folder)
@@ -100,6 +106,7 @@ def calibrate(
         for bits in settings.activation_bits:
             grids[bits], step_errors[bits] = job.activations(bits)
         state = _state(pipe.unet, layers, str(model.pipeline))
+        grids = {bits: _in_order(state, found) for bits, found in grids.items()}
         errors = _model_errors(pipe.unet, state, grids, held_out, settings.batch_size)
         say(_memory_used(device))
     report = {
@@ -148,7 +155,7 @@ class _Job:
         bake(self.quantized, nearest)
         before = samples.error(module)
         seed = _seed(settings.sampling.seed, "weights", number)
-        ups = learn_rounding(unit, module, grids, samples, settings.iterations, seed)
+        ups = learn_rounding(unit, module, grids, samples, before, settings.iterations, seed)
         learned = {grid.spec.name: grid.layer(up) for grid, up in zip(grids, ups, strict=True)}
         bake(self.quantized, learned)
         after = samples.error(module)
@@ -169,7 +176,7 @@ class _Job:
                     self.folder.save_grids(bits, number, unit.name, *found)
                 placed.append(UnitActivations(unit, self.quantized, bits, self.settings.softmax_bits))
                 placed[-1].take(found[0], next(self.quantized.parameters()).device)
-                grids |= found[0]
+                grids |= placed[-1].grids()  # in one order, found now or read back
                 errors.append(found[1])
                 done(_told(unit, found[1]))
         return grids, errors
@@ -182,7 +189,7 @@ class _Job:
             start_grids(activations, module, samples, settings.activation_start)
             first, before = activations.grids(), samples.error(module)
             seed = _seed(settings.sampling.seed, f"activations-{bits}", number)
-            learn_steps(activations, module, samples, settings.activation_iterations, seed)
+            learn_steps(activations, module, samples, before, settings.activation_iterations, seed)
             learned, after = activations.grids(), samples.error(module)
         if after < before:
             return learned, UnitErrors(before, after)
@@ -195,9 +202,7 @@ def _exact_arithmetic() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-        ):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -227,10 +232,14 @@ def _inputs(
 
 def _state(denoiser: nn.Module, layers: Mapping[str, CalibratedLayer], source: str) -> CalibratedState:
     floats = {name: p.detach().cpu().float().clone() for name, p in denoiser.named_parameters()}
-    samples = {name: weight_sample(floats[f"{name}.weight"]) for name in layers}
     # In the model's order, not in that of the calls.
     ordered = {name: layers[name] for name, _ in denoiser.named_modules() if name in layers}
-    return CalibratedState(FORMAT, ordered, {}, floats, samples, source)
+    return CalibratedState(NAME, ordered, float_parameters=floats, source=source)
+
+
+def _in_order(state: CalibratedState, grids: Mapping[str, ActGrid]) -> dict[str, ActGrid]:
+    """In the model's order, not in that of the calls."""
+    return {name: grids[name] for name in state.with_activations(grids).activations}
 
 
 @torch.no_grad()

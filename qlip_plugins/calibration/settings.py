@@ -48,7 +48,12 @@ class CalibrationSettings:
         _check("softmax bits", self.softmax_bits, ACTIVATION_WIDTHS)
         if len(set(self.activation_bits)) < len(self.activation_bits):
             raise RecipeError(f"activation bits: {self.activation_bits} lists a width twice")
-        for name, least in {"samples": 2, "batch_size": 1, "iterations": 0, "activation_iterations": 0}.items():
+        for name, least in {
+            "samples": 2,
+            "batch_size": 1,
+            "iterations": 0,
+            "activation_iterations": 0,
+        }.items():
             if getattr(self, name) < least:
                 raise RecipeError(
                     f"{name.replace('_', ' ')}: expected {least} or more, found {getattr(self, name)}"

@@ -123,7 +123,9 @@ def _run_order(denoiser: nn.Module, names: list[str], call: Mapping[str, Any]) -
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
             if name in sizes:
-                raise IncompatibleModelError(f"{name} runs twice in one call: such a denoiser is not calibrated")
+                raise IncompatibleModelError(
+                    f"{name} runs twice in one call: such a denoiser is not calibrated"
+                )
             read = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             sizes[name] = sum(tensor.numel() for tensor in read) + output.numel()
 

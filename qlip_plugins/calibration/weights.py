@@ -21,7 +21,7 @@ from .units import LayerSpec, Unit
 
 GAMMA, ZETA = -0.1, 1.1
 _RATE = 1e-2
-_PULL = 0.01
+_PULL = 100.0
 _WARM_UP = 0.2
 _BETA = (20.0, 2.0)
 
@@ -117,7 +117,13 @@ def find_grids(unit: Unit, denoiser: nn.Module) -> list[WeightGrid]:
 
 
 def learn_rounding(
-    unit: Unit, module: nn.Module, grids: Sequence[WeightGrid], samples: UnitSamples, iterations: int, seed: int
+    unit: Unit,
+    module: nn.Module,
+    grids: Sequence[WeightGrid],
+    samples: UnitSamples,
+    error: float,
+    iterations: int,
+    seed: int,
 ) -> list[Tensor]:
     """Choose for every weight of a unit whether it is rounded up, so that the unit's output is kept.
 
@@ -126,6 +132,7 @@ def learn_rounding(
         module: its module in the quantized model.
         grids: of its layers.
         samples: its inputs and targets.
+        error: of the unit when every weight is rounded to nearest.
         iterations: of Adam.
         seed: of the batches.
 
@@ -139,21 +146,15 @@ def learn_rounding(
         args, kwargs, target = samples.pick(order[iteration])
         soft = soft_rounding(rounding.alpha)
         found = functional_call(module, rounding.weights(soft), args, kwargs, tie_weights=False)
-        loss = reconstruction_loss(found, target)
+        loss = samples.loss(found, target, error)
         done = (iteration / iterations - _WARM_UP) / (1 - _WARM_UP)
         if done >= 0:
             beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 - done)
-            loss = loss + _PULL * (1 - (2 * soft - 1).abs().pow(beta)).sum()
+            loss = loss + _PULL * (1 - (2 * soft - 1).abs().pow(beta)).mean()
         adam.zero_grad(set_to_none=True)
         loss.backward()
         adam.step()
     return rounding.up()
-
-
-def reconstruction_loss(found: Tensor, target: Tensor) -> Tensor:
-    """Squared error, summed over channels, averaged over samples and places; `()`."""
-    channels = 1 if found.ndim == 4 else -1
-    return (found - target).square().sum(channels).mean()
 
 
 class _UnitRounding:

@@ -51,7 +51,9 @@ class WorkFolder:
         if marker.is_file():
             _check_same(path, marker, ours)
         elif path.exists() and (not path.is_dir() or any(_visible(path))):
-            raise ArtefactError(f"{path}: exists and is no work folder of a calibration; name another with --work")
+            raise ArtefactError(
+                f"{path}: exists and is no work folder of a calibration; name another with --work"
+            )
         else:
             with written_whole(marker) as temporary:
                 temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
@@ -60,13 +62,19 @@ class WorkFolder:
         """The path of a file in it."""
         return self.path / name
 
-    def save_weights(self, number: int, unit: str, layers: Mapping[str, CalibratedLayer], errors: UnitErrors) -> None:
+    def save_weights(
+        self, number: int, unit: str, layers: Mapping[str, CalibratedLayer], errors: UnitErrors
+    ) -> None:
         """Keep a unit's rounded weights."""
         tensors: dict[str, Tensor] = {}
         for name, layer in layers.items():
             for place, part in enumerate(layer.weight):
                 key = f"{name}|{place}|{part.bits}"
-                tensors |= {f"{key}|codes": part.codes, f"{key}|scale": part.scale, f"{key}|zero": part.zero_point}
+                tensors |= {
+                    f"{key}|codes": part.codes,
+                    f"{key}|scale": part.scale,
+                    f"{key}|zero": part.zero_point,
+                }
         self._save(self._weights(number), unit, tensors, errors)
 
     def load_weights(self, number: int, unit: str) -> tuple[dict[str, CalibratedLayer], UnitErrors] | None:
@@ -83,7 +91,9 @@ class WorkFolder:
             parts.setdefault(name, []).append(part)
         return {name: CalibratedLayer(tuple(found)) for name, found in parts.items()}, errors
 
-    def save_grids(self, bits: int, number: int, unit: str, grids: Mapping[str, ActGrid], errors: UnitErrors) -> None:
+    def save_grids(
+        self, bits: int, number: int, unit: str, grids: Mapping[str, ActGrid], errors: UnitErrors
+    ) -> None:
         """Keep a unit's activation grids at one width."""
         tensors = {
             name: torch.tensor([grid.bits, grid.scale, grid.zero_point], dtype=torch.float64)
@@ -99,7 +109,8 @@ class WorkFolder:
         tensors, errors = found
         rows = {name: tensor.tolist() for name, tensor in tensors.items()}
         return {
-            name: ActGrid.asymmetric(int(width), scale, int(zero)) for name, (width, scale, zero) in rows.items()
+            name: ActGrid.asymmetric(int(width), scale, int(zero))
+            for name, (width, scale, zero) in rows.items()
         }, errors
 
     def remove(self) -> None:
@@ -120,7 +131,9 @@ class WorkFolder:
             return None
         tensors, facts = read_tensors(path, FORMAT, VERSION)
         if facts.get("unit") != unit:
-            raise ArtefactError(f"{path}: holds {facts.get('unit')}, expected {unit}; remove it and run again")
+            raise ArtefactError(
+                f"{path}: holds {facts.get('unit')}, expected {unit}; remove it and run again"
+            )
         return tensors, UnitErrors(facts["before"], facts["after"])
 
 
