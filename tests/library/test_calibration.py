@@ -124,7 +124,7 @@ def test_an_interrupted_calibration_ends_alike(
 def test_other_settings_do_not_resume(tmp_path: Path) -> None:
     folder = WorkFolder(tmp_path / "work", {"seed": 0, "prompts": "a"})
     WorkFolder(folder.path, {"seed": 0, "prompts": "a"})
-    with pytest.raises(RecipeError, match="begun otherwise .seed: 0, now 1"):
+    with pytest.raises(RecipeError, match=r"begun otherwise .seed: 0, now 1"):
         WorkFolder(folder.path, {"seed": 1, "prompts": "a"})
     other = tmp_path / "mine"
     other.mkdir()
