@@ -149,7 +149,15 @@ def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
     calibrate.add_argument(
         "--activation-iterations", type=int, default=500, help="for each unit and width (default 500)"
     )
-    calibrate.add_argument("--batch-size", type=int, default=32, help="samples an iteration (default 32)")
+    calibrate.add_argument(
+        "--activation-start",
+        choices=("running", "mse"),
+        default="running",
+        help="the ranges that training starts from (default running)",
+    )
+    calibrate.add_argument(
+        "--batch-size", type=int, default=32, help="samples an iteration; fewer need less memory (default 32)"
+    )
     calibrate.add_argument(
         "--native", type=Path, metavar="FOLDER", help="write Q-Diffusion's own ckpt.pth into it, too"
     )
@@ -340,6 +348,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         iterations=options.iterations,
         activation_iterations=options.activation_iterations,
         batch_size=options.batch_size,
+        activation_start=options.activation_start,
     )
     result = calibrate_pipeline(
         options.pipeline,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from .grid_search import range_grid, search_grid
 from .units import LayerSpec, Unit
 
 _RATE = 1e-2
-_SEARCHED = 2**14
+_SEARCHED = 16
 _MOMENTUM = 0.95
 
 Start = Literal["mse", "running"]
@@ -47,14 +47,25 @@ class ActStep:
     from_zero: bool
     scale: Tensor | None = None
     zero_point: Tensor | None = None
-    seen: list[Tensor] = field(default_factory=list)
+    _last: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize `x` of any shape, or watch it."""
         if self.scale is None or self.zero_point is None:
-            self.seen.append(x.detach())
+            self._last = x.detach().float()
             return x
         return fake_quantize(x, self.scale, self.zero_point, *self._codes)
+
+    def seen(self) -> Tensor:
+        """What it watched in the last call; asked for once.
+
+        Raises:
+            IncompatibleModelError: it was not called.
+        """
+        seen, self._last = self._last, None
+        if seen is None:
+            raise IncompatibleModelError(f"{self.name}: its quantizer sees nothing in a call of its unit")
+        return seen
 
     def place(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take a grid."""
@@ -136,53 +147,40 @@ class UnitActivations:
 def start_grids(activations: UnitActivations, module: nn.Module, samples: UnitSamples, start: Start) -> None:
     """Give every quantizer of a unit its first grid, from what it sees while the unit runs in floating point.
 
+    Args:
+        activations: of the unit, without grids.
+        module: the unit's module in the quantized model.
+        samples: its inputs.
+        start: `running`: over the running mean of each batch's extremes, of all samples; `mse`: with the
+            least error on all values of a few samples.
+
     Raises:
-        IncompatibleModelError: a quantizer sees nothing, or only one value.
+        IncompatibleModelError: a quantizer sees nothing.
     """
-    watches = {step.name: _Watch() for step in activations.steps}
-    for args, kwargs, _ in samples.batches():
+    batches = samples.batches() if start == "running" else [samples.pick(samples.some(_SEARCHED))]
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {step.name: [] for step in activations.steps}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for args, kwargs, _ in batches:
         module(*args, **kwargs)
         for step in activations.steps:
-            watches[step.name].add(step.seen)
-            step.seen.clear()
+            x = step.seen()
+            low, high = x.min(), x.max()
+            seen[step.name].append((torch.zeros_like(low) if step.from_zero else low, high))
+            if start == "mse":
+                found[step.name] = _searched(step, x, *seen[step.name][-1])
     for step in activations.steps:
-        step.place(*watches[step.name].grid(step, start))
-
-
-class _Watch:
-    """Extremes of what a quantizer sees, their running mean, and an even sample of the values."""
-
-    def __init__(self) -> None:
-        self._lows: list[Tensor] = []
-        self._highs: list[Tensor] = []
-        self._values: list[Tensor] = []
-
-    def add(self, seen: list[Tensor]) -> None:
-        for x in seen:
-            flat = x.float().flatten()
-            self._lows.append(flat.min())
-            self._highs.append(flat.max())
-            self._values.append(flat[:: max(1, flat.numel() // _SEARCHED)][:_SEARCHED])
-
-    def grid(self, step: ActStep, start: Start) -> tuple[Tensor, Tensor]:
-        if not self._lows:
-            raise IncompatibleModelError(f"{step.name}: its quantizer sees nothing in a call of its unit")
-        lows, highs = torch.stack(self._lows), torch.stack(self._highs)
-        if step.from_zero:
-            lows = torch.zeros_like(lows)
-        if bool(lows.min() == highs.max()):
-            raise IncompatibleModelError(
-                f"{step.name}: its quantizer sees a single value, so it has no range"
-            )
         if start == "running":
-            return range_grid(_running_mean(lows), _running_mean(highs), step.bits)
-        values = torch.cat(self._values)
-        values = values[:: max(1, values.numel() // _SEARCHED)][None]
-        scale, zero_point = search_grid(values, lows.min()[None], highs.max()[None], step.bits)
-        return scale[0], zero_point[0]
+            lows, highs = (_running_mean(list(ends)) for ends in zip(*seen[step.name], strict=True))
+            found[step.name] = range_grid(lows, highs, step.bits)
+        step.place(*found[step.name])
 
 
-def _running_mean(values: Tensor) -> Tensor:
+def _searched(step: ActStep, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    scale, zero_point = search_grid(x.flatten()[None], low[None], high[None], step.bits)
+    return scale[0], zero_point[0]
+
+
+def _running_mean(values: list[Tensor]) -> Tensor:
     mean = values[0]
     for value in values[1:]:
         mean = _MOMENTUM * mean + (1 - _MOMENTUM) * value

@@ -26,7 +26,7 @@ def search_grid(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[T
         where a range lies off 0. A row of one value, which has no range, gets a grid that holds it.
     """
     best = torch.full_like(low, torch.inf)
-    scale, zero_point = torch.ones_like(low), torch.zeros_like(low)
+    scale, zero_point = torch.zeros_like(low), torch.zeros_like(low)
     for step in range(CANDIDATES):
         shrink = 1.0 - 0.01 * step
         trial_scale = (high * shrink - low * shrink) / (2**bits - 1)
@@ -37,12 +37,17 @@ def search_grid(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[T
         best = torch.where(better, error, best)
         scale = torch.where(better, trial_scale, scale)
         zero_point = torch.where(better, trial_zero, zero_point)
-    alone = (low == high) & (low != 0)
-    scale = torch.where(alone, low.abs(), scale)
-    return scale, torch.where(alone, (low < 0).float(), zero_point)
+    return _or_alone(low, high, scale, zero_point)
 
 
 def range_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The grid over a whole range: scale and zero point, shaped as `low` and `high`."""
     scale = (high - low) / (2**bits - 1)
-    return scale, (-low / scale).round()
+    return _or_alone(low, high, scale, (-low / scale).round())
+
+
+def _or_alone(low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Where there is one value and no range: a step of that size, or of 1 for 0, holds it exactly."""
+    alone = low == high
+    scale = torch.where(alone, torch.where(low == 0, 1.0, low.abs()), scale)
+    return scale, torch.where(alone, (low < 0).float(), zero_point)

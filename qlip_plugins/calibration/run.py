@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import load_backend
+from ..embeddings import PromptEmbeddings
 from ..errors import RecipeError
 from ..grids import ActGrid
 from ..packed import NAME
@@ -89,10 +91,7 @@ def calibrate(
         RecipeError: too few prompts, or `work` holds a calibration with other settings.
         IncompatibleModelError: the denoiser is no UNet that can be taken apart.
     """
-    if len(prompts) < 2:
-        raise RecipeError(
-            f"{len(prompts)} prompts: at least two are needed, one of them only measures errors"
-        )
+    _check_prompts(model, prompts)
     with _exact_arithmetic():
         folder = WorkFolder(work, _identity(pipe, model, prompts, settings))
         inputs, held_out = _inputs(pipe, model, prompts, settings, folder)
@@ -194,6 +193,15 @@ class _Job:
         if after < before:
             return learned, UnitErrors(before, after)
         return first, UnitErrors(before, before)
+
+
+def _check_prompts(model: ModelSection, prompts: Sequence[str]) -> None:
+    if len(prompts) < 2:
+        raise RecipeError(
+            f"{len(prompts)} prompts: at least two are needed, one of them only measures errors"
+        )
+    if model.prompt_embeddings is not None:
+        PromptEmbeddings.load(model.prompt_embeddings).of([*prompts, ""])
 
 
 @contextmanager
@@ -333,8 +341,8 @@ def _memory_needed(units: Sequence[Unit], samples: int) -> str:
 
 
 def _memory_used(device: torch.device) -> str:
-    # Linux counts in KiB.
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
     if device.type != "cuda":
         return f"peak memory: {host:,.0f} MiB"
     return f"peak memory: {host:,.0f} MiB, {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB on {device}"

@@ -24,8 +24,8 @@ class CalibrationSettings:
         activation_iterations: of the activation steps, for each unit and width.
         batch_size: samples of one iteration.
         seed: of the noise and of the order of the samples.
-        activation_start: the grid that training starts from: the least error on some samples (`mse`), or
-            running extremes over all of them (`running`).
+        activation_start: the grid that training starts from: over running extremes of all samples
+            (`running`), or with the least error on a few of them (`mse`).
 
     Raises:
         RecipeError: a value is outside its range.
@@ -39,7 +39,7 @@ class CalibrationSettings:
     iterations: int = 1000
     activation_iterations: int = 500
     batch_size: int = 32
-    activation_start: Literal["mse", "running"] = "mse"
+    activation_start: Literal["running", "mse"] = "running"
 
     def __post_init__(self) -> None:
         _check("weight bits", self.weight_bits, WEIGHT_WIDTHS)

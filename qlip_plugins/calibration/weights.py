@@ -20,8 +20,9 @@ from .grid_search import search_grid
 from .units import LayerSpec, Unit
 
 GAMMA, ZETA = -0.1, 1.1
-_RATE = 1e-2
-_PULL = 100.0
+_TRAVEL = 30.0
+_MAX_RATE = 0.1
+_PULL = 1000.0
 _WARM_UP = 0.2
 _BETA = (20.0, 2.0)
 
@@ -140,7 +141,7 @@ def learn_rounding(
         For each layer a boolean tensor of its weight's shape.
     """
     rounding = _UnitRounding(unit, grids)
-    adam = torch.optim.Adam([rounding.alpha], lr=_RATE)
+    adam = torch.optim.Adam([rounding.alpha], lr=min(_MAX_RATE, _TRAVEL / max(1, iterations)))
     order = samples.order(iterations, seed)
     for iteration in range(iterations):
         args, kwargs, target = samples.pick(order[iteration])

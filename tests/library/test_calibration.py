@@ -210,6 +210,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([], "row 1\n", 2, "at least two are needed"),
         ([], "row 1\nrow 900\n", 2, "'row 900' is not among"),
         (["--weight-bits", "1"], "row 1\nrow 2\n", 2, "weight bits: expected 2 to 8, found 1"),
+        (["--prompt-embeddings", "none.safetensors"], "row 1\nrow 2\n", 3, "none.safetensors: no such file"),
         (["--prompts", "nowhere.txt"], "", 2, "nowhere.txt: cannot be read"),
         (["--device", "cuda:77"], "row 1\nrow 2\n", 4, "device 'cuda:77' cannot be used"),
         (["--out", "."], "row 1\nrow 2\n", 3, "was not written by this command"),
@@ -227,7 +228,7 @@ def test_command_errors(
     monkeypatch.chdir(tmp_path)
     assert main(command(tmp_path, *more, prompts=prompts)) == code
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"], "something was left behind"
 
 
 def test_a_native_folder_of_others_is_refused_before_the_work(
