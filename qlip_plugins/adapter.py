@@ -80,6 +80,36 @@ class BaseQuantizer(Protocol):
 
 
 @runtime_checkable
+class CheckpointWriter(Protocol):
+    """What a base quantizer may do besides: write a state in its own framework's format."""
+
+    def check_writable(self, denoiser: torch.nn.Module, folder: Path) -> None:
+        """Check, before long work, that a state of `denoiser` can be written, and into `folder`.
+
+        Raises:
+            IncompatibleModelError: the format cannot express such a model; names what.
+            ArtefactError: the folder holds something that was not written by `write`.
+        """
+        ...
+
+    def write(self, state: CalibratedState, folder: Path) -> Path:
+        """Write a state so that `load` reads it back with the same fingerprint.
+
+        Args:
+            state: with every float parameter, the layers' unquantized weights included.
+            folder: to write into.
+
+        Returns:
+            The checkpoint file.
+
+        Raises:
+            IncompatibleModelError: the format cannot express the state; names what.
+            ArtefactError: the folder holds something else, or cannot be written.
+        """
+        ...
+
+
+@runtime_checkable
 class ActQuantizer(Protocol):
     """Handle on one activation quantizer of an installed model."""
 

@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     fit.set_defaults(run=_fit_ranges)
 
+    _add_calibrate(verbs, common)
+
     doctor = verbs.add_parser("doctor", parents=[common], help="say which hosts and adapters are usable")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -116,18 +118,72 @@ def _add_recipe_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     show.set_defaults(run=_recipe_show)
 
 
+def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
+    calibrate = verbs.add_parser(
+        "calibrate", parents=[common], help="quantize a pipeline's UNet as Q-Diffusion does; can be resumed"
+    )
+    calibrate.add_argument("pipeline", help="folder, or hub id")
+    calibrate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line")
+    calibrate.add_argument(
+        "--out", type=Path, required=True, help="folder to write; an earlier one is replaced"
+    )
+    calibrate.add_argument(
+        "--prompt-embeddings", metavar="FILE", help="for a pipeline without a text encoder"
+    )
+    calibrate.add_argument("--weight-bits", type=int, default=4, metavar="BITS", help="2 to 8 (default 4)")
+    calibrate.add_argument(
+        "--activation-bits",
+        type=int,
+        nargs="*",
+        default=[8],
+        metavar="BITS",
+        help="one or more of 2 to 16; none after it: weights only (default 8)",
+    )
+    calibrate.add_argument("--softmax-bits", type=int, default=16, metavar="BITS", help="(default 16)")
+    calibrate.add_argument(
+        "--samples", type=int, default=512, help="rows of denoiser calls to calibrate on (default 512)"
+    )
+    calibrate.add_argument(
+        "--iterations", type=int, default=1000, help="of the rounding, for each unit (default 1000)"
+    )
+    calibrate.add_argument(
+        "--activation-iterations", type=int, default=500, help="for each unit and width (default 500)"
+    )
+    calibrate.add_argument(
+        "--activation-start",
+        choices=("running", "mse"),
+        default="running",
+        help="the ranges that training starts from (default running)",
+    )
+    calibrate.add_argument(
+        "--batch-size", type=int, default=32, help="samples an iteration; fewer need less memory (default 32)"
+    )
+    calibrate.add_argument(
+        "--native", type=Path, metavar="FOLDER", help="write Q-Diffusion's own ckpt.pth into it, too"
+    )
+    calibrate.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
+    )
+    _add_sampler(calibrate)
+    calibrate.set_defaults(run=_calibrate)
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="file, or name of a shipped recipe")
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="may be given repeatedly"
     )
+    _add_sampler(parser)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+
+
+def _add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_steps, default=25, help="inference steps (default 25)")
     parser.add_argument(
         "--guidance", type=_scale, default=7.5, metavar="SCALE", help="1 or less: none (default 7.5)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
 
 def _steps(text: str) -> int:
@@ -148,7 +204,7 @@ def _scale(text: str) -> float:
 
 def _inspect(options: argparse.Namespace) -> int:
     found = _recognised(options.checkpoint)
-    recipe = _recipe_for(found.base)
+    recipe = _recipe_for(found.base, {"pipeline": "path/to/the/calibrated/pipeline"})
     # Layer lists are long: they belong to --json.
     facts = {
         "format": found.format,
@@ -184,11 +240,11 @@ def _recognised(checkpoint: Path) -> Inspection:
     raise ForeignFormatError(f"{checkpoint}: no checkpoint of a known format{''.join(reasons)}")
 
 
-def _recipe_for(base: Any) -> str:
+def _recipe_for(base: Any, model: Any) -> str:
     return dump(
         {
             "schema_version": 1,
-            "model": {"pipeline": "path/to/the/calibrated/pipeline"},
+            "model": dict(model),
             "base": dict(base),
             "backend": "torch",
             "activation_bits": {"low": 8, "medium": 16, "high": 32},
@@ -271,6 +327,47 @@ def _fit_ranges(options: argparse.Namespace) -> int:
     facts = {"file": str(options.out), "quantizers": len(ranges.fitted), "widths": widths}
     _print(facts, "\n".join(f"{key}: {value}" for key, value in facts.items()), options.json)
     _say(f"use it with `ranges: {{table: {options.out.resolve()}}}`")
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from .calibration.command import calibrate_pipeline, read_prompts
+    from .calibration.settings import CalibrationSettings
+    from .generation import Settings
+
+    out = options.out.resolve()
+    sampling = Settings(
+        steps=options.steps, guidance_scale=options.guidance, seed=options.seed, device=options.device
+    )
+    settings = CalibrationSettings(
+        sampling=sampling,
+        weight_bits=options.weight_bits,
+        activation_bits=tuple(options.activation_bits),
+        softmax_bits=options.softmax_bits,
+        samples=options.samples,
+        iterations=options.iterations,
+        activation_iterations=options.activation_iterations,
+        batch_size=options.batch_size,
+        activation_start=options.activation_start,
+    )
+    result = calibrate_pipeline(
+        options.pipeline,
+        options.prompt_embeddings,
+        read_prompts(options.prompts),
+        settings,
+        out=options.out,
+        native=options.native,
+        work=options.work or out.with_name(f"{out.name}.work"),
+        say=_say,
+    )
+    recipe = _recipe_for(result.base, result.model)
+    lines = [
+        f"# {name}: relative squared error {error:.3e}" for name, error in result.report["errors"].items()
+    ]
+    text = "\n".join([*lines, "# This is a recipe:", recipe.rstrip()])
+    _print({**result.report, "recipe": recipe}, text, options.json)
+    for path in result.written:
+        _say(f"wrote {path}")
     return 0
 
 

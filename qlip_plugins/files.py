@@ -49,7 +49,7 @@ def folder_written_whole(path: Path, kind: str, marker: str, *owned: str) -> Ite
         ArtefactError: `path` holds something else, or cannot be written.
     """
     path = path.resolve()
-    _refuse_others_files(path, kind, marker, owned)
+    check_replaceable(path, kind, marker, *owned)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.mkdir(parents=True)
@@ -63,7 +63,12 @@ def folder_written_whole(path: Path, kind: str, marker: str, *owned: str) -> Ite
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse_others_files(path: Path, kind: str, marker: str, owned: tuple[str, ...]) -> None:
+def check_replaceable(path: Path, kind: str, marker: str, *owned: str) -> None:
+    """Check that `folder_written_whole` may write there, without writing.
+
+    Raises:
+        ArtefactError: `path` holds something that was not written so.
+    """
     if not path.exists():
         return
     found = sorted(path.iterdir()) if path.is_dir() else [path]

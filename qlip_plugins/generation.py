@@ -23,7 +23,7 @@ from .fitting import fit_ranges
 from .grids import Ranges
 from .plan import BitPlan
 from .progress import wanted
-from .recipe import Recipe, StaticController
+from .recipe import ModelSection, Recipe, StaticController
 
 REPORT_NAME = "report.json"
 REPORT_FORMAT = "qlip-plugins generate"
@@ -51,7 +51,12 @@ class Settings:
 
 
 def load_pipeline(recipe: Recipe) -> Any:
-    """The diffusers pipeline that a recipe names, on the CPU, in float32.
+    """The diffusers pipeline that a recipe names; see `load_model`."""
+    return load_model(recipe.model)
+
+
+def load_model(model: ModelSection) -> Any:
+    """A diffusers pipeline, on the CPU, in float32.
 
     Raises:
         ArtefactError: the folder is missing or holds no pipeline.
@@ -62,7 +67,7 @@ def load_pipeline(recipe: Recipe) -> Any:
     except ImportError as error:
         raise HostError(f"diffusers cannot be imported ({error}): {INSTALL_HINT}") from None
     _quieten()
-    source = recipe.model.pipeline
+    source = model.pipeline
     local = isinstance(source, Path)
     if local and not Path(source).is_dir():
         raise ArtefactError(f"{source}: no such pipeline folder")
@@ -127,23 +132,44 @@ def _noise_seed(seed: int, prompt: str, number: int) -> int:
 
 def sample(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Any:
     """Run the pipeline; returns PIL images, or latents `(P, C, h, w)` where it has no decoder."""
+    output_type = "latent" if getattr(pipe, "vae", None) is None else "pil"
+    return sample_model(pipe, recipe.model, prompts, settings, output_type)
+
+
+def sample_model(
+    pipe: Any,
+    model: ModelSection,
+    prompts: Sequence[str],
+    settings: Settings,
+    output_type: str,
+    before: Sequence[str] = (),
+) -> Any:
+    """Run a pipeline that no recipe is needed for.
+
+    Args:
+        pipe: what `load_model` gave.
+        model: where its prompts' embeddings come from.
+        prompts: P of them.
+        settings: how to sample.
+        output_type: `pil`, or `latent` for tensors `(P, C, h, w)`.
+        before: prompts sampled earlier; a prompt among them is repeated, and gets another noise.
+    """
+    seeds = noise_seeds([*before, *prompts], settings.seed)[len(before) :]
     call: dict[str, Any] = {
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
-        "generator": [
-            torch.Generator("cpu").manual_seed(seed) for seed in noise_seeds(prompts, settings.seed)
-        ],
-        "output_type": "latent" if getattr(pipe, "vae", None) is None else "pil",
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "output_type": output_type,
     }
-    if recipe.model.prompt_embeddings is None:
+    if model.prompt_embeddings is None:
         if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
             raise IncompatibleModelError(
-                f"{recipe.model.pipeline}: the pipeline has no tokenizer or no text encoder, so a prompt cannot be "
-                "encoded. Name a file of precomputed embeddings in model.prompt_embeddings"
+                f"{model.pipeline}: the pipeline has no tokenizer or no text encoder, so a prompt cannot be "
+                "encoded. Name a file of precomputed embeddings (model.prompt_embeddings in a recipe)"
             )
         call["prompt"] = list(prompts)
     else:
-        table = PromptEmbeddings.load(recipe.model.prompt_embeddings)
+        table = PromptEmbeddings.load(model.prompt_embeddings)
         states, empty = table.of(prompts), table.of([""] * len(prompts))
         call["prompt_embeds"] = states.to(pipe.device, pipe.unet.dtype)
         call["negative_prompt_embeds"] = empty.to(pipe.device, pipe.unet.dtype)

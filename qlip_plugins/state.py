@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -22,6 +22,10 @@ SPLIT_SUFFIX = ".skip"
 
 OPERANDS = ("q", "k", "v", "softmax")
 """Appended, after a dot, to an attention's name for the quantizers of its matrix products."""
+
+
+SAMPLED = 32
+"""Values of a float weight that are kept where the weight itself is not."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,9 @@ class CalibratedState:
         format: name of the base quantizer that read it.
         layers: module path of a convolution or linear -> its quantizers.
         operands: `<attention path>.{q,k,v,softmax}` -> grid of an attention product's operand.
-        float_parameters: every floating parameter of the calibrated model by diffusers name, the
-            layers' unquantized weights included.
+        float_parameters: every floating parameter of the calibrated model by diffusers name; of the
+            layers' unquantized weights all, or none where `weight_samples` stand for them.
+        weight_samples: `weight_sample` of each layer's unquantized weight, by layer.
         source: where it was read from, for messages.
     """
 
@@ -86,6 +91,7 @@ class CalibratedState:
     layers: Mapping[str, CalibratedLayer]
     operands: Mapping[str, ActGrid] = field(default_factory=dict)
     float_parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    weight_samples: Mapping[str, Tensor] = field(default_factory=dict)
     source: str = ""
 
     @cached_property
@@ -96,15 +102,31 @@ class CalibratedState:
             grids |= dict(zip((name, name + SPLIT_SUFFIX), layer.inputs, strict=False))
         return grids | dict(self.operands)
 
+    def with_activations(self, grids: Mapping[str, ActGrid]) -> CalibratedState:
+        """The same weights under other activation quantizers, named as in `activations`; none: weights only."""
+        layers = {
+            name: replace(
+                layer,
+                inputs=tuple(grids[part] for part in (name, name + SPLIT_SUFFIX) if part in grids),
+            )
+            for name, layer in self.layers.items()
+        }
+        operands = {name: grid for name, grid in grids.items() if name.rpartition(".")[2] in OPERANDS}
+        return replace(self, layers=layers, operands=operands)
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all that the installed model computes with: codes, steps, zero points, biases, norms."""
-        digest = hashlib.sha256(self.format.encode())
+        """SHA-256 over all that the installed model computes with: codes, steps, zero points, biases, norms.
+
+        Neither where the state was read from nor the types that hold its numbers count.
+        """
+        digest = hashlib.sha256()
         for name in sorted(self.layers):
             for part in self.layers[name].weight:
-                digest.update(f"{name} {part.bits}".encode())
-                for tensor in (part.codes, part.scale, part.zero_point):
-                    digest.update(_bytes(tensor))
+                digest.update(f"{name} {part.bits} {tuple(part.codes.shape)}".encode())
+                digest.update(_bytes(part.codes.to(torch.uint8 if part.bits <= 8 else torch.int32)))
+                digest.update(_bytes(part.scale.float()))
+                digest.update(_bytes(part.zero_point.to(torch.int32)))
         for name, tensor in sorted(self.float_parameters.items()):
             if name.removesuffix(".weight") not in self.layers:
                 digest.update(name.encode() + _bytes(tensor.float()))
@@ -132,7 +154,8 @@ class CalibratedState:
                     f"{name} is {tuple(tensor.shape)} in the checkpoint, {theirs[name]} in the model"
                 )
         if self.float_parameters:
-            missing = [name for name in theirs if name not in self.float_parameters]
+            known = {*self.float_parameters, *(f"{name}.weight" for name in self.layers)}
+            missing = [name for name in theirs if name not in known]
             problems += [f"{name} {theirs[name]} is in the model, not in the checkpoint" for name in missing]
         modules = dict(denoiser.named_modules())
         for name, layer in self.layers.items():
@@ -162,19 +185,30 @@ class CalibratedState:
         Raises:
             IncompatibleModelError: it holds others, a fine-tune's say; installing would replace them.
         """
-        differing = []
+        differing, compared = [], 0
         for name, parameter in denoiser.named_parameters():
-            if name in self.float_parameters and not parameter.is_meta:
-                ours = self.float_parameters[name].to(parameter.device, torch.float32)
-                # Weights stored as bfloat16, the coarsest type in use, are off by up to 2^-9 of their value.
-                if not torch.allclose(parameter.detach().float(), ours, rtol=2**-8, atol=1e-6):
-                    differing.append(name)
+            theirs, ours = parameter.detach(), self.float_parameters.get(name)
+            layer = name.removesuffix(".weight")
+            if ours is None and layer in self.weight_samples:
+                theirs, ours = weight_sample(theirs), self.weight_samples[layer]
+            if ours is None or parameter.is_meta:
+                continue
+            compared += 1
+            # Weights stored as bfloat16, the coarsest type in use, are off by up to 2^-9 of their value.
+            if not torch.allclose(theirs.float(), ours.to(theirs.device).float(), rtol=2**-8, atol=1e-6):
+                differing.append(name)
         if differing:
             raise IncompatibleModelError(
-                f"{self.source or self.format}: {len(differing)} of {len(self.float_parameters)} tensors of "
+                f"{self.source or self.format}: {len(differing)} of {compared} tensors of "
                 f"the pipeline's {type(denoiser).__name__} are not those the checkpoint was calibrated on "
                 f"({', '.join(differing[:3])}, ...). Load the pipeline that was calibrated"
             )
+
+
+def weight_sample(weight: Tensor) -> Tensor:
+    """Up to `SAMPLED` evenly strided values of a weight, `(n,)`: enough to tell a merged LoRA by."""
+    flat = weight.flatten()
+    return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
 
 
 def _bytes(tensor: Tensor) -> bytes:

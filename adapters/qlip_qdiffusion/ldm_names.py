@@ -1,4 +1,4 @@
-"""Names of LDM's UNetModel as names of diffusers' UNet2DConditionModel.
+"""Names of LDM's UNetModel as names of diffusers' UNet2DConditionModel, and back.
 
 The map is read off the names in the file, not off a configuration, so every block layout that both
 classes can express has one: any number of levels and residual blocks, attention at any of them,
@@ -30,6 +30,14 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
+# The order in which LDM's modules are made, hence that of the keys of its state dicts.
+_ORDER = (
+    *("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"),
+    *("in_layers", "emb_layers", "out_layers", "skip_connection", "op", "conv"),
+    *("norm", "proj_in", "transformer_blocks", "proj_out"),
+    *("attn1", "ff", "attn2", "norm1", "norm2", "norm3"),
+    *("to_q", "to_k", "to_v", "to_out", "net", "proj"),
+)
 _BLOCK = re.compile(
     r"(input_blocks|output_blocks)\.(\d+)\.(\d+)(?:\.(.+))?|middle_block()\.(\d+)()(?:\.(.+))?"
 )
@@ -60,6 +68,99 @@ def diffusers_names(ldm_modules: Iterable[str]) -> dict[str, str]:
     paths = list(ldm_modules)
     blocks = _homes(_children(paths))
     return {path: _translate(path, blocks) for path in paths}
+
+
+def ldm_names(diffusers_modules: Iterable[str]) -> dict[str, str]:
+    """The LDM module path of every given diffusers module path, in the order of LDM's state dict.
+
+    The inverse of `diffusers_names`, and checked to be that: what it gives is read back.
+
+    Args:
+        diffusers_modules: paths of all modules with parameters.
+
+    Raises:
+        LayoutError: LDM's UNetModel has no such module, or no such order of blocks.
+    """
+    paths = list(diffusers_modules)
+    homes = _ldm_homes(paths)
+    names = {path: _translate_back(path, homes) for path in paths}
+    back = diffusers_names(names.values())
+    for path, name in names.items():
+        if back[name] != path:
+            raise LayoutError(f"module {path!r} has no place of its own in LDM's UNetModel")
+    return dict(sorted(names.items(), key=lambda item: _place(item[1])))
+
+
+def _place(ldm_path: str) -> list[tuple[int, int]]:
+    """Sorts paths as LDM's state dict does."""
+    return [(0, int(part)) if part.isdigit() else (1, _ORDER.index(part)) for part in ldm_path.split(".")]
+
+
+def _ldm_homes(paths: Iterable[str]) -> dict[str, str]:
+    """`down_blocks.1.attentions.0` -> `input_blocks.4.1`, and so on, for every child of a block."""
+    paths = list(paths)
+    return {
+        **_encoder_homes(_levels(paths, "down_blocks")),
+        **{f"mid_block.resnets.{index}": f"middle_block.{2 * index}" for index in (0, 1)},
+        "mid_block.attentions.0": "middle_block.1",
+        **_decoder_homes(_levels(paths, "up_blocks")),
+    }
+
+
+def _levels(paths: Iterable[str], side: str) -> list[dict[str, set[int]]]:
+    """For each block of a side: kind of child (`resnets`, ...) -> the numbers that there are."""
+    found: dict[int, dict[str, set[int]]] = {}
+    for path in paths:
+        parts = path.split(".")
+        if parts[0] == side and len(parts) > 4 and parts[1].isdigit() and parts[3].isdigit():
+            found.setdefault(int(parts[1]), {}).setdefault(parts[2], set()).add(int(parts[3]))
+    return [found[level] for level in sorted(found)]
+
+
+def _encoder_homes(levels: list[dict[str, set[int]]]) -> dict[str, str]:
+    homes: dict[str, str] = {}
+    number = 1
+    for level, kinds in enumerate(levels):
+        for index in sorted(kinds.get("resnets", ())):
+            homes[f"down_blocks.{level}.resnets.{index}"] = f"input_blocks.{number}.0"
+            homes[f"down_blocks.{level}.attentions.{index}"] = f"input_blocks.{number}.1"
+            number += 1
+        if "downsamplers" in kinds:
+            homes[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{number}.0"
+            number += 1
+    return homes
+
+
+def _decoder_homes(levels: list[dict[str, set[int]]]) -> dict[str, str]:
+    homes: dict[str, str] = {}
+    number = 0
+    for level, kinds in enumerate(levels):
+        for index in sorted(kinds.get("resnets", ())):
+            homes[f"up_blocks.{level}.resnets.{index}"] = f"output_blocks.{number}.0"
+            homes[f"up_blocks.{level}.attentions.{index}"] = f"output_blocks.{number}.1"
+            number += 1
+        # The way up stands last in the block: behind the transformer, where there is one.
+        position = 2 if kinds.get("attentions") else 1
+        homes[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{number - 1}.{position}"
+    return homes
+
+
+def _translate_back(path: str, homes: Mapping[str, str]) -> str:
+    top = {name: ldm for ldm, name in _TOP.items()}
+    if path in top:
+        return top[path]
+    child = ".".join(path.split(".")[: 3 if path.startswith("mid_block") else 4])
+    if child not in homes:
+        raise LayoutError(f"module {path!r} has no place in LDM's UNetModel")
+    inner = path[len(child) + 1 :]
+    resnet = {name: ldm for ldm, name in _RESNET.items()}
+    if inner == "conv":
+        inner = "op" if "downsamplers" in child else "conv"
+    elif inner in resnet:
+        inner = resnet[inner]
+    elif inner.split(".")[0] not in _TRANSFORMER_PARTS:
+        raise LayoutError(f"module {path!r} has no place in LDM's UNetModel")
+    return f"{homes[child]}.{inner}"
 
 
 def _translate(path: str, homes: Mapping[str, str]) -> str:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from qlip_plugins.adapter import Installed
+from qlip_plugins.attention import QuantizedAttnProcessor, check_plain
 from qlip_plugins.errors import IncompatibleModelError
 from qlip_plugins.grids import Ranges
 from qlip_plugins.state import OPERANDS, SPLIT_SUFFIX, CalibratedLayer, CalibratedState
 
-from .attention import QuantizedAttnProcessor, check_plain
 from .quantizer import TorchActQuantizer
 
 
@@ -66,7 +66,7 @@ class InstalledTorch(Installed):
         self._denoiser = denoiser
         self._undo: list[Callable[[], None]] = []
         self._hooks: list[tuple[nn.Module, _QuantizeInput]] = []
-        self._attentions: list[tuple[Any, QuantizedAttnProcessor]] = []
+        self._attentions: list[tuple[str, Any, QuantizedAttnProcessor]] = []
 
     def remove(self) -> None:
         """See `Installed.remove`."""
@@ -80,10 +80,10 @@ class InstalledTorch(Installed):
                 raise IncompatibleModelError(
                     f"{hook.parts[0].name}: its activation quantizer has been taken out"
                 )
-        for attention, processor in self._attentions:
+        for name, attention, processor in self._attentions:
             if attention.processor is not processor:
                 raise IncompatibleModelError(
-                    f"{processor.q.name}: its attention processor has been replaced by "
+                    f"{name}: its attention processor has been replaced by "
                     f"{type(attention.processor).__name__}"
                 )
 
@@ -123,7 +123,7 @@ class InstalledTorch(Installed):
         self._quantizers |= {quantizer.name: quantizer for quantizer in operands.values()}
         processor, original = QuantizedAttnProcessor(**operands), attention.processor
         attention.set_processor(processor)
-        self._attentions.append((attention, processor))
+        self._attentions.append((name, attention, processor))
         self._undo.append(lambda: attention.set_processor(original))
 
     def _swap(self, module: nn.Module, name: str, value: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,20 @@ from qlip_plugins.contract import (
 )
 from qlip_plugins.fitting import fit_ranges
 from qlip_plugins.grids import Ranges
+from qlip_plugins.packed import write_packed
 from qlip_plugins.state import CalibratedState
 
-OPTIONS = {"qdiffusion": {"weight_bits": 4, "activation_bits": 8, "softmax_bits": 16}}
-CHECKPOINTS = {"qdiffusion": "qdiffusion/w4a8/ckpt.pth"}
+BASES = ("packed", "qdiffusion")
+
+
+def base_options(name: str, golden: Path, states: dict[str, CalibratedState], folder: Path) -> dict[str, Any]:
+    """The `base:` section of the golden W4A8 model as one of our base quantizers has it; the path comes first."""
+    if name == "packed":
+        state = states["w4a8"]
+        write_packed(folder / "packed", state.with_activations({}), {8: state.activations}, {}, "a test")
+        return {"folder": folder / "packed", "activation_bits": 8}
+    checkpoint = golden / "qdiffusion" / "w4a8" / "ckpt.pth"
+    return {"checkpoint": checkpoint, "weight_bits": 4, "activation_bits": 8, "softmax_bits": 16}
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +79,19 @@ def test_backend(
 
 
 @pytest.mark.parametrize("check", BASE_QUANTIZER_CHECKS.values(), ids=list(BASE_QUANTIZER_CHECKS))
-@pytest.mark.parametrize("name", sorted(set(installed(BASE_QUANTIZERS)) & set(OPTIONS)))
-def test_base_quantizer(name: str, check: BaseQuantizerCheck, model: GoldenModel, tmp_path: Path) -> None:
-    checkpoint = model.folder / CHECKPOINTS[name]
+@pytest.mark.parametrize("name", BASES)
+def test_base_quantizer(
+    name: str, check: BaseQuantizerCheck, golden: Path, states: dict[str, CalibratedState], tmp_path: Path
+) -> None:
+    options = base_options(name, golden, states, tmp_path)
     foreign = tmp_path / "foreign.pth"
     torch.save({"conv.weight": torch.zeros(2, 2)}, foreign)
     check(
         BaseQuantizerCase(
             name=name,
             adapter=load_base_quantizer(name),
-            options={"checkpoint": checkpoint, **OPTIONS[name]},
-            checkpoint=checkpoint,
+            options=options,
+            checkpoint=next(iter(options.values())),
             foreign=foreign,
         )
     )
@@ -86,4 +99,14 @@ def test_base_quantizer(name: str, check: BaseQuantizerCheck, model: GoldenModel
 
 def test_every_base_quantizer_of_ours_has_a_case() -> None:
     ours = {name for name, entry in installed(BASE_QUANTIZERS).items() if entry.value.startswith("qlip_")}
-    assert ours - {"outside"} == set(OPTIONS)
+    assert ours - {"outside"} == set(BASES)
+
+
+def test_both_bases_are_one_model(golden: Path, states: dict[str, CalibratedState], tmp_path: Path) -> None:
+    """A controller or ranges made on one of them serve the other."""
+    prints = set()
+    for name in BASES:
+        adapter = load_base_quantizer(name)
+        config: Any = adapter.config_class
+        prints.add(adapter.load(config(**base_options(name, golden, states, tmp_path))).fingerprint)
+    assert len(prints) == 1

@@ -10,13 +10,14 @@ from diffusers import UNet2DConditionModel
 
 from golden_model import GoldenModel
 from qlip_plugins import load_backend, load_base_quantizer
-from qlip_qdiffusion.ldm_names import LayoutError, diffusers_names
+from qlip_qdiffusion.ldm_names import LayoutError, diffusers_names, ldm_names
 
 
 def test_golden_model(model: GoldenModel) -> None:
     with_parameters = {name.rpartition(".")[0] for name in model.parameters}
     expected = {ldm: name for ldm, name in model.modules.items() if ldm in with_parameters}
     assert diffusers_names(with_parameters) == expected
+    assert ldm_names(expected.values()) == {name: ldm for ldm, name in expected.items()}
 
 
 SD_V1 = {
@@ -144,6 +145,23 @@ def test_other_layouts(layout: dict[str, Any]) -> None:
         )
     expected = {ldm: name for name, ldm in ldm_layout(unet).items()}
     assert diffusers_names(expected) == expected
+    assert ldm_names(expected.values()) == ldm_layout(unet)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("down_blocks.0.motion_modules.0.proj_in", "has no place in LDM's UNetModel"),
+        ("mid_block.resnets.2.conv1", "has no place in LDM's UNetModel"),
+        ("add_embedding.linear_3", "has no place in LDM's UNetModel"),
+        ("down_blocks.0.resnets.0.spatial_res_block", "has no place in LDM's UNetModel"),
+        ("down_blocks.0.resnets.3.conv1", "should start with a residual block"),
+    ],
+)
+def test_modules_without_a_place_in_ldm(model: GoldenModel, name: str, message: str) -> None:
+    modules = {name.rpartition(".")[0] for name in model.parameters.values()}
+    with pytest.raises(LayoutError, match=message):
+        ldm_names({*modules, name})
 
 
 @pytest.mark.parametrize(

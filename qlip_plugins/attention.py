@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlip_plugins.errors import IncompatibleModelError
+from .errors import IncompatibleModelError
 
-from .quantizer import TorchActQuantizer
+Quantize = Callable[[Tensor], Tensor]
 
 # Attribute of diffusers' Attention -> its only value under which q, k, v and softmax are all there is.
 _PLAIN = {
@@ -29,11 +30,15 @@ class QuantizedAttnProcessor:
 
     Source: `QuantBasicTransformerBlock` (formats of Q-Diffusion). Operands are quantized after the
     head split, per tensor.
+
+    Args:
+        q: quantizes `(N, heads, L, d)` queries.
+        k: quantizes `(N, heads, S, d)` keys.
+        v: quantizes `(N, heads, S, d)` values.
+        softmax: quantizes `(N, heads, L, S)` attention weights.
     """
 
-    def __init__(
-        self, q: TorchActQuantizer, k: TorchActQuantizer, v: TorchActQuantizer, softmax: TorchActQuantizer
-    ) -> None:
+    def __init__(self, q: Quantize, k: Quantize, v: Quantize, softmax: Quantize) -> None:
         self.q, self.k, self.v, self.softmax = q, k, v, softmax
 
     def __call__(

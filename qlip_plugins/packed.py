@@ -1,0 +1,317 @@
+"""The self-describing folder of a calibrated model: packed weight codes, and a table of activation grids a width.
+
+config.json                what it is, how it was made
+weights.safetensors        codes of `bits` bits each, steps, zero points, biases, norms
+activations-8.safetensors  the grids of one width
+report.json                errors before and after learning
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from .artefacts import read_tensors, write_tensors
+from .checkpoint import check_finite
+from .errors import ArtefactError, ForeignFormatError, IncompatibleModelError
+from .files import check_replaceable, folder_written_whole
+from .grids import ActGrid
+from .schema import StrictModel
+from .state import CalibratedLayer, CalibratedState, WeightPart, weight_sample
+
+NAME = "packed"
+FORMAT: Final = "qlip-plugins packed"
+VERSION: Final = 1
+CONFIG = "config.json"
+WEIGHTS = "weights.safetensors"
+REPORT = "report.json"
+_OWNED = (WEIGHTS, "activations-*.safetensors", REPORT)
+_ZERO_POINTS = (torch.int8, torch.int16, torch.int32)
+_GRID = 5
+
+Width = Annotated[int, Field(ge=2, le=16)]
+
+
+class ActivationTable(StrictModel):
+    """One width that the folder has activation grids for."""
+
+    bits: Width
+    softmax_bits: Width
+    fingerprint: str
+    """Of the model with these activations (`CalibratedState.fingerprint`)."""
+
+
+class PackedConfig(StrictModel):
+    """`config.json`."""
+
+    format: Literal["qlip-plugins packed"]
+    version: Literal[1]
+    weight_bits: Annotated[int, Field(ge=2, le=8)]
+    activations: tuple[ActivationTable, ...] = Field(strict=False)
+    fingerprint: str
+    """Of the model with activations in floating point."""
+    pipeline: str
+    """The pipeline that was calibrated, as it was named."""
+    origin: str
+    """What made the folder."""
+    settings: dict[str, Any]
+    """Of the calibration, the seed included."""
+    versions: dict[str, str]
+
+    def table(self, bits: int) -> ActivationTable | None:
+        """The entry of a width; None where there is none."""
+        return next((table for table in self.activations if table.bits == bits), None)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that there are grids for."""
+        return tuple(table.bits for table in self.activations)
+
+
+def check_writable(folder: Path) -> None:
+    """Check, before long work, that `write_packed` may write there.
+
+    Raises:
+        ArtefactError: the folder holds something else.
+    """
+    check_replaceable(folder, FORMAT, CONFIG, *_OWNED)
+
+
+def write_packed(
+    folder: Path,
+    weights: CalibratedState,
+    grids: Mapping[int, Mapping[str, ActGrid]],
+    report: Mapping[str, Any],
+    origin: str,
+) -> PackedConfig:
+    """Write a calibrated model, whole or not at all; equal content, equal bytes.
+
+    Args:
+        folder: to write; an earlier one is replaced.
+        weights: the state without activation quantizers.
+        grids: activation width -> quantizer -> grid.
+        report: errors, and under `settings` how it was made.
+        origin: what made it.
+
+    Raises:
+        ArtefactError: the folder holds something else, or cannot be written.
+        IncompatibleModelError: the layers' weights are not all of one width up to 8.
+    """
+    tables = [_table(bits, weights.with_activations(found)) for bits, found in sorted(grids.items())]
+    config = PackedConfig(
+        format=FORMAT,
+        version=VERSION,
+        weight_bits=_one_width(weights),
+        activations=tuple(tables),
+        fingerprint=weights.fingerprint,
+        pipeline=weights.source,
+        origin=origin,
+        settings=dict(report.get("settings", {})),
+        versions={name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers")},
+    )
+    with folder_written_whole(folder, FORMAT, CONFIG, *_OWNED) as temporary:
+        _write_weights(temporary / WEIGHTS, weights)
+        for bits, found in grids.items():
+            _write_grids(temporary / _activations(bits), found)
+        (temporary / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (temporary / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def read_packed(folder: Path, activation_bits: int | None) -> CalibratedState:
+    """Read a calibrated model.
+
+    Args:
+        folder: what `write_packed` wrote.
+        activation_bits: a width that it has; None leaves activations in floating point.
+
+    Raises:
+        ForeignFormatError: the folder is of another kind.
+        ArtefactError: missing, damaged, newer than this package, or without that width.
+    """
+    config = read_config(folder)
+    table = None if activation_bits is None else config.table(activation_bits)
+    if activation_bits is not None and table is None:
+        known = ", ".join(map(str, config.widths)) or "none"
+        raise ArtefactError(
+            f"{folder}: activation_bits is {activation_bits}, the folder has activation grids for {known}. Name one "
+            "of these, or null for floating-point activations"
+        )
+    state = _read_weights(folder / WEIGHTS, config)
+    if table is not None:
+        state = state.with_activations(_read_grids(folder / _activations(table.bits)))
+    expected = config.fingerprint if table is None else table.fingerprint
+    if state.fingerprint != expected:
+        raise ArtefactError(
+            f"{folder}: its tensors have the fingerprint {state.fingerprint[:12]}..., {CONFIG} says "
+            f"{expected[:12]}...: a file has been changed or exchanged. Copy the folder again"
+        )
+    return state
+
+
+def read_config(folder: Path) -> PackedConfig:
+    """Read and check a folder's `config.json`.
+
+    Raises:
+        ForeignFormatError: the folder is of another kind.
+        ArtefactError: damaged, or newer than this package.
+    """
+    path = folder / CONFIG
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise ForeignFormatError(f"{folder}: {what}, expected a folder that `qlip-plugins calibrate` wrote")
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ForeignFormatError(
+            f"{path}: {error.strerror}, expected what `qlip-plugins calibrate` wrote"
+        ) from None
+    except ValueError as error:
+        raise ArtefactError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else data
+        raise ForeignFormatError(f"{path}: expected a folder of {FORMAT!r}, found {found!r}")
+    if not isinstance(data.get("version"), int) or data["version"] > VERSION:
+        raise ArtefactError(
+            f"{path}: written as version {data.get('version')}, this package reads up to {VERSION}: upgrade it"
+        )
+    try:
+        return PackedConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ArtefactError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes without a gap between them, least significant bit first.
+
+    Args:
+        codes: n whole numbers 0 .. 2^bits - 1, any shape.
+        bits: of a code, 1..8.
+
+    Returns:
+        uint8 `(ceil(n * bits / 8),)`; the last byte is filled up with zeros.
+    """
+    each = (codes.flatten().to(torch.uint8)[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1
+    stream = torch.nn.functional.pad(each.flatten(), (0, -each.numel() % 8)).reshape(-1, 8)
+    return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """What `pack_codes` packed, uint8 of `shape`.
+
+    Raises:
+        ValueError: the bytes are not as many as the shape needs.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    if packed.dtype != torch.uint8 or packed.shape != (-(-count * bits // 8),):
+        raise ValueError(
+            f"{packed.dtype} of shape {tuple(packed.shape)} holds no {count} codes of {bits} bits"
+        )
+    stream = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: count * bits]
+    each = stream.reshape(count, bits) << torch.arange(bits, dtype=torch.uint8)
+    return each.sum(1, dtype=torch.uint8).reshape(shape)
+
+
+def _activations(bits: int) -> str:
+    return f"activations-{bits}.safetensors"
+
+
+def _one_width(weights: CalibratedState) -> int:
+    widths = sorted(set(weights.weight_bits().values()))
+    if len(widths) != 1 or widths[0] > 8:
+        raise IncompatibleModelError(
+            f"{weights.source}: weights of {', '.join(map(str, widths)) or 'no'} bits, a packed folder holds one width "
+            "from 2 to 8"
+        )
+    return widths[0]
+
+
+def _table(bits: int, state: CalibratedState) -> ActivationTable:
+    softmax = {grid.bits for name, grid in state.operands.items() if name.endswith(".softmax")}
+    return ActivationTable(bits=bits, softmax_bits=max(softmax, default=bits), fingerprint=state.fingerprint)
+
+
+def _write_weights(path: Path, state: CalibratedState) -> None:
+    tensors: dict[str, Tensor] = {
+        name: tensor
+        for name, tensor in state.float_parameters.items()
+        if name.removesuffix(".weight") not in state.layers
+    }
+    shapes: dict[str, list[list[int]]] = {}
+    for name, layer in state.layers.items():
+        shapes[name] = [list(part.codes.shape) for part in layer.weight]
+        for place, part in enumerate(layer.weight):
+            tensors[f"{name}.{place}.codes"] = pack_codes(part.codes, part.bits)
+            tensors[f"{name}.{place}.scale"] = part.scale.flatten()
+            tensors[f"{name}.{place}.zero_point"] = _small(part.zero_point.flatten())
+        tensors[f"{name}.sample"] = _sample(state, name)
+    write_tensors(path, FORMAT, VERSION, tensors, shapes=shapes)
+
+
+def _sample(state: CalibratedState, name: str) -> Tensor:
+    weight = state.float_parameters.get(f"{name}.weight")
+    return state.weight_samples[name] if weight is None else weight_sample(weight)
+
+
+def _small(zero_point: Tensor) -> Tensor:
+    """Whole numbers in the smallest type that holds them."""
+    kind = next(k for k in _ZERO_POINTS if bool((zero_point.to(k) == zero_point).all()))
+    return zero_point.to(kind)
+
+
+def _read_weights(path: Path, config: PackedConfig) -> CalibratedState:
+    tensors, facts = read_tensors(path, FORMAT, VERSION)
+    check_finite(path, tensors)
+    layers: dict[str, CalibratedLayer] = {}
+    samples: dict[str, Tensor] = {}
+    try:
+        for name, shapes in facts["shapes"].items():
+            parts = (
+                _read_part(tensors, f"{name}.{place}", tuple(shape), config.weight_bits)
+                for place, shape in enumerate(shapes)
+            )
+            layers[name] = CalibratedLayer(tuple(parts))
+            samples[name] = tensors.pop(f"{name}.sample")
+    except KeyError as error:
+        raise ArtefactError(f"{path}: {error} is missing: the file is damaged") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ArtefactError(f"{path}: the file is damaged: {error}") from None
+    # What is left are the parameters that are not quantized.
+    return CalibratedState(NAME, layers, {}, tensors, samples, str(path.parent))
+
+
+def _read_part(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], bits: int) -> WeightPart:
+    scale, zero_point = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point")
+    per_channel = (shape[0], *[1] * (len(shape) - 1))
+    codes = unpack_codes(tensors.pop(f"{name}.codes"), bits, shape)
+    return WeightPart(codes, scale.reshape(per_channel), zero_point.float().reshape(per_channel), bits)
+
+
+def _write_grids(path: Path, grids: Mapping[str, ActGrid]) -> None:
+    rows = [[g.bits, g.scale, g.zero_point, g.low_code, g.high_code] for g in grids.values()]
+    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, _GRID)
+    write_tensors(path, FORMAT, VERSION, {"grids": table}, quantizers=list(grids))
+
+
+def _read_grids(path: Path) -> dict[str, ActGrid]:
+    tensors, facts = read_tensors(path, FORMAT, VERSION)
+    check_finite(path, tensors)
+    names, table = facts.get("quantizers"), tensors.get("grids")
+    if not isinstance(names, list) or table is None or table.shape != (len(names), _GRID):
+        raise ArtefactError(f"{path}: no table of activation grids: the file is damaged")
+    if bool((table[:, 1] == 0).any()):
+        raise ArtefactError(f"{path}: {names[int((table[:, 1] == 0).nonzero()[0])]} has a step of 0")
+    return {
+        name: ActGrid(int(bits), scale, int(zero), int(low), int(high))
+        for name, (bits, scale, zero, low, high) in zip(names, table.tolist(), strict=True)
+    }
