@@ -32,6 +32,22 @@ class _StraightThrough(torch.autograd.Function):
         return None, grads[0]
 
 
+class _FakeQuantizeWithStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
+        ratio = x / scale
+        steps = (ratio.round() + zero_point).clamp(0, top) - zero_point
+        ctx.save_for_backward(ratio, steps)
+        return steps * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ratio, steps = ctx.saved_tensors
+        within = ratio.round() == steps
+        to_scale = (grads[0] * (steps - ratio * within)).sum()
+        return grads[0] * within, to_scale, None, None
+
+
 def round_straight_through(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes unchanged. Any shape."""
     rounded: Tensor = _RoundStraightThrough.apply(x)  # type: ignore[no-untyped-call]
@@ -65,3 +81,19 @@ def fake_quantize(
     codes = round_straight_through(x.float() / scale) + zero_point
     codes = torch.minimum(torch.maximum(codes, low_code), high_code)
     return ((codes - zero_point) * scale).to(x.dtype)
+
+
+def fake_quantize_with_step(x: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
+    """`fake_quantize` to codes 0 .. `top` with one scale for all of `x`, made for training that scale.
+
+    The same values, and the same gradients in a third of the operations: that of the scale is LSQ's,
+    `round(x / scale) - x / scale` inside the range, the end's distance from the zero point outside.
+
+    Args:
+        x: activations of any shape, float32.
+        scale: step, `()`.
+        zero_point: code of 0.0, `()`; a whole number.
+        top: largest code.
+    """
+    quantized: Tensor = _FakeQuantizeWithStep.apply(x, scale, zero_point, top)  # type: ignore[no-untyped-call]
+    return quantized

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from ..attention import QuantizedAttnProcessor
 from ..errors import IncompatibleModelError
 from ..grids import ActGrid
-from ..quantizer import fake_quantize
+from ..quantizer import fake_quantize_with_step
 from ..state import OPERANDS, SPLIT_SUFFIX
 from .gathering import UnitSamples
 from .grid_search import range_grid, search_grid
+from .settings import Start
 from .units import LayerSpec, Unit
 
 _RATE = 1e-2
 _SEARCHED = 16
 _MOMENTUM = 0.95
-
-Start = Literal["mse", "running"]
 
 
 @dataclass
@@ -54,7 +53,7 @@ class ActStep:
         if self.scale is None or self.zero_point is None:
             self._last = x.detach().float()
             return x
-        return fake_quantize(x, self.scale, self.zero_point, *self._codes)
+        return fake_quantize_with_step(x, self.scale, self.zero_point, 2**self.bits - 1)
 
     def seen(self) -> Tensor:
         """What it watched in the last call; asked for once.
@@ -70,8 +69,6 @@ class ActStep:
     def place(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take a grid."""
         self.scale, self.zero_point = scale, zero_point
-        ends = (0.0, float(2**self.bits - 1))
-        self._codes = tuple(torch.tensor(end, device=scale.device) for end in ends)
 
     def grid(self) -> ActGrid:
         """The grid as it stands."""

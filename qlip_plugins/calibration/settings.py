@@ -9,6 +9,8 @@ from ..generation import Settings
 WEIGHT_WIDTHS = range(2, 9)
 ACTIVATION_WIDTHS = range(2, 17)
 
+Start = Literal["running", "mse"]
+
 
 @dataclass(frozen=True)
 class CalibrationSettings:
@@ -39,7 +41,7 @@ class CalibrationSettings:
     iterations: int = 1000
     activation_iterations: int = 500
     batch_size: int = 32
-    activation_start: Literal["running", "mse"] = "running"
+    activation_start: Start = "running"
 
     def __post_init__(self) -> None:
         _check("weight bits", self.weight_bits, WEIGHT_WIDTHS)

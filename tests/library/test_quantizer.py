@@ -5,7 +5,12 @@ import torch
 
 from qlip_plugins.errors import ArtefactError, BitsError
 from qlip_plugins.grids import ActGrid, GridChoice, Ranges
-from qlip_plugins.quantizer import fake_quantize, round_straight_through, straight_through
+from qlip_plugins.quantizer import (
+    fake_quantize,
+    fake_quantize_with_step,
+    round_straight_through,
+    straight_through,
+)
 
 
 def written_out(value: float, grid: ActGrid) -> float:
@@ -157,3 +162,30 @@ def test_ranges_come_back_as_they_were_saved(tmp_path: object) -> None:
         Ranges.load(path)
     with pytest.raises(ArtefactError, match="no such file"):
         Ranges.load(path.with_name("other.safetensors"))
+
+
+@pytest.mark.parametrize("top", [15, 255, 65535])
+def test_with_step_is_fake_quantize(top: int) -> None:
+    """Values to the bit; the gradients of input and scale are those that autograd finds."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, generator=generator)
+    code = (x / (4.0 / top)).round() + top // 3
+    x = x[(code != 0) & (code != top)]  # on the last codes torch halves the gradient
+    weights = torch.randn(len(x), generator=generator)
+    found = []
+    for form in ("plain", "with step"):
+        leaf, scale = x.clone().requires_grad_(), torch.tensor(4.0 / top).requires_grad_()
+        zero_point = torch.tensor(float(top // 3))
+        if form == "plain":
+            out = fake_quantize(leaf, scale, zero_point, torch.tensor(0.0), torch.tensor(float(top)))
+        else:
+            out = fake_quantize_with_step(leaf, scale, zero_point, top)
+        (out * weights).sum().backward()
+        assert leaf.grad is not None
+        assert scale.grad is not None
+        found.append((out.detach(), leaf.grad, scale.grad))
+    plain, with_step = found
+    assert torch.equal(plain[0], with_step[0])
+    assert torch.allclose(plain[1], with_step[1], rtol=1e-5, atol=0)
+    assert int((plain[1] == 0).sum()) > 20
+    assert float(with_step[2]) == pytest.approx(float(plain[2]), rel=1e-4)
