@@ -83,7 +83,15 @@ def load_model(model: ModelSection) -> Any:
         )
         raise ArtefactError(f"{source}: {what}: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=not wanted())
+    _in_float32(pipe)
     return pipe
+
+
+def _in_float32(pipe: Any) -> None:
+    """Loaders differ in the type they give half-precision files, by component and by version."""
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module) and component.dtype != torch.float32:
+            component.to(torch.float32)
 
 
 def placed(pipe: Any, settings: Settings) -> Any:

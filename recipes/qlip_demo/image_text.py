@@ -1,0 +1,65 @@
+"""The demo model's own CLIP: features of pictures, and how well a picture fits its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import FOLDER
+
+SIDE = 64
+
+
+class ImageFeatures:
+    """Pooled features of the image tower, trained on the same pictures as the generator; see the model card.
+
+    Args:
+        device: where to compute.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        from transformers import ResNetModel
+
+        backbone: Any = ResNetModel.from_pretrained(FOLDER / "clip", dtype=torch.float32)
+        # The stock stem halves twice before the first block; the tower was trained with one halving.
+        backbone.embedder.pooler = nn.Identity()
+        self._backbone = backbone.eval().to(device)
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """`(N, 288)` of images `(N, 3, H, W)` in 0..1; others than 64 x 64 are resized."""
+        images = images.to(self.device, torch.float32)
+        if images.shape[-2:] != (SIDE, SIDE):
+            images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
+        pooled: Tensor = self._backbone(images * 2 - 1).pooler_output
+        return pooled.flatten(1)
+
+
+class ImageTextScore:
+    """Cosine of a picture's and a prompt's joint embeddings, -1..1.
+
+    Args:
+        pipe: the demo pipeline, whose text encoder is CLIP's text tower.
+        features: of pictures.
+    """
+
+    def __init__(self, pipe: Any, features: ImageFeatures) -> None:
+        self._pipe, self._features = pipe, features
+        weights = load_file(FOLDER / "clip" / "projections.safetensors")
+        self._image, self._text = (weights[f"{part}_projection"].float() for part in ("image", "text"))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores `(N,)` of images `(N, 3, H, W)` in 0..1, made from N prompts."""
+        tokens = self._pipe.tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        pooled = self._pipe.text_encoder(tokens.to(self._pipe.text_encoder.device)).pooler_output.float().cpu()
+        pictures = self._features(images).cpu() @ self._image.T
+        return F.cosine_similarity(pictures, pooled @ self._text.T)

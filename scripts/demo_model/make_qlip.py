@@ -1,0 +1,222 @@
+"""From the trained demo pipeline to its QLIP: prompts, labels, T2Q, ranges, Q2B.
+
+    python scripts/demo_model/make_qlip.py prompts build/demo build/qlip
+    python scripts/demo_model/make_qlip.py references build/demo build/qlip
+    python scripts/demo_model/make_qlip.py labels build/qlip --device cuda
+    python scripts/demo_model/make_qlip.py t2q build/qlip
+    qlip-plugins calibrate recipes/qlip_demo/pipeline --prompts build/qlip/calibration.txt --guidance 3 \\
+        --activation-bits 8 16 --out recipes/qlip_demo/base
+    python scripts/demo_model/make_qlip.py ranges build/qlip demo-w4a8
+    python scripts/demo_model/make_qlip.py q2b build/qlip demo-qlip-468 --bit-weight 4e-3
+
+`ranges` and `q2b` write into recipes/qlip_demo, what the recipes name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import LEVELS, Data
+from qlip_demo.image_text import ImageFeatures
+from safetensors.torch import load_file, save_file
+
+from qlip_plugins.artefacts import read_tensors, write_tensors
+from qlip_plugins.controller import apply
+from qlip_plugins.embeddings import EncodedPrompts
+from qlip_plugins.fitting import fit_ranges
+from qlip_plugins.generation import Settings, load_pipeline, placed, sample
+from qlip_plugins.labels import Labels, make_labels
+from qlip_plugins.quality import KnnGiqa, KnnGiqaQuality
+from qlip_plugins.recipe import Recipe
+from qlip_plugins.t2q import T2Q
+from qlip_plugins.training import Q2BTraining, train_controller, train_t2q
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 25
+GUIDANCE = 3.0
+SEEN_CONCEPTS = 257
+HELD_SHARE = 0.25
+HIDDEN = 128
+CALIBRATION_PROMPTS = 144
+RANGE_PROMPTS = 48
+WIDTHS = (4, 6, 8, 16)
+EARLY = 2
+
+
+def prompts(options: argparse.Namespace) -> None:
+    """Choose label prompts, every held-out concept and some trained ones at all levels, and calibration prompts."""
+    facts = json.loads((options.data / "facts.json").read_text(encoding="utf-8"))
+    families = json.loads((ROOT / "data/emoji_64/split.json").read_text(encoding="utf-8"))["families"]
+    family = {concept: key for key, members in families.items() for concept in members}
+    by_concept: dict[str, list[dict[str, Any]]] = {}
+    for fact in facts:
+        by_concept.setdefault(fact["hex"], []).append(fact)
+    draw = random.Random(0)
+    seen = sorted(hex_ for hex_, found in by_concept.items() if not found[0]["held_out"])
+    unseen = sorted(hex_ for hex_, found in by_concept.items() if found[0]["held_out"])
+    draw.shuffle(seen)
+    chosen: dict[str, dict[str, Any]] = {}
+    for concept in [*unseen, *seen[:SEEN_CONCEPTS]]:
+        fact = draw.choice(by_concept[concept])
+        for level, text in enumerate(fact["captions"], 1):
+            tags = {"concept": concept, "family": family.get(concept, concept), "level": str(level)}
+            tags |= {"seen": "unseen" if fact["held_out"] else "seen"}
+            tags |= {key: fact[key] for key in ("style", "group", "subgroup")}
+            chosen.setdefault(text, tags)
+    write_json(options.out / "label_prompts.json", [{"prompt": text, **tags} for text, tags in chosen.items()])
+    rest = [draw.choice(by_concept[concept]) for concept in seen[SEEN_CONCEPTS:]]
+    lines = [fact["captions"][number % LEVELS] for number, fact in enumerate(rest[:CALIBRATION_PROMPTS])]
+    (options.out / "calibration.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
+
+
+def references(options: argparse.Namespace) -> None:
+    """Features of the training pictures, each divided by its deviation, and what each picture shows."""
+    features, data = ImageFeatures(options.device), Data(options.data, options.device)
+    known = torch.cat([features(data.pictures[part].float() / 255) for part in data.train.split(256)]).cpu()
+    deviation = known.std(0).clamp(min=1e-6)
+    concepts = [data.facts[int(row)]["hex"] for row in data.train]
+    write_tensors(
+        options.out / "references.safetensors",
+        "demo references",
+        1,
+        {"features": known / deviation, "deviation": deviation},
+        concepts=concepts,
+    )
+
+
+def labels(options: argparse.Namespace) -> None:
+    """Pictures of every label prompt in full precision, scored by KNN-GIQA on the image tower's features."""
+    listed = read_json(options.out / "label_prompts.json")[: options.limit]
+    features = ImageFeatures(options.device)
+    known, facts = read_tensors(options.out / "references.safetensors", "demo references", 1)
+    deviation = known["deviation"].to(options.device)
+    concepts = {entry["prompt"]: entry["concept"] for entry in listed}
+    score = KnnGiqaQuality(
+        lambda images: features(images) / deviation,
+        KnnGiqa(known["features"], facts["concepts"]),
+        concepts,
+        "qlip_demo image tower, pooled, divided by its deviation",
+    )
+    pipe = load_pipeline(Recipe.load("demo-w4a8"))
+    settings = Settings(steps=STEPS, guidance_scale=GUIDANCE, seed=1, device=options.device)
+    encoded = EncodedPrompts.from_pipeline(placed(pipe, settings), list(concepts), "eos")
+    tags = {key: tuple(entry[key] for entry in listed) for key in listed[0] if key != "prompt"}
+    made = make_labels(pipe, encoded, score, settings, seeds=2, tags=tags, batch=options.batch)
+    made.save(options.out / "labels.safetensors")
+
+
+def split_rows(made: Labels) -> tuple[list[int], list[int]]:
+    """Training and held rows; whole families, a quarter of them held."""
+    families = sorted(set(made.tags["family"]))
+    random.Random(1).shuffle(families)
+    held = set(families[: round(len(families) * HELD_SHARE)])
+    rows = range(len(made.prompts))
+    return (
+        [row for row in rows if made.tags["family"][row] not in held],
+        [row for row in rows if made.tags["family"][row] in held],
+    )
+
+
+def t2q(options: argparse.Namespace) -> None:
+    """Train T2Q; its facts go into t2q.json."""
+    made = Labels.load(options.out / "labels.safetensors")
+    train, held = split_rows(made)
+    model, facts = train_t2q(made, train, held, hidden=HIDDEN)
+    save_file(model.state_dict(), options.out / "t2q.safetensors")
+    write_json(options.out / "t2q.json", facts)
+    print(json.dumps({key: facts[key] for key in ("held", "ceiling", "sqrt_rho", "trivial", "best_step")}))
+
+
+def ranges(options: argparse.Namespace) -> None:
+    """Fit ranges for every width of both menus while the base generates calibration prompts."""
+    recipe = Recipe.load(options.recipe)
+    pipe = placed(load_pipeline(recipe), settings_of(options))
+    lines = (options.out / "calibration.txt").read_text(encoding="utf-8").splitlines()
+    texts = lines[: options.limit or RANGE_PROMPTS]
+
+    def run() -> None:
+        for start in range(0, len(texts), 16):
+            sample(pipe, recipe, texts[start : start + 16], settings_of(options))
+
+    with apply(pipe, recipe.model_copy(update={"ranges": None})) as controller:
+        found = fit_ranges(controller.quantizers, controller.state, WIDTHS, run)
+    assert recipe.ranges is not None
+    assert recipe.ranges.table is not None
+    found.save(options.to / recipe.ranges.table.name)
+
+
+def q2b(options: argparse.Namespace) -> None:
+    """Train Q2B on the prompts that T2Q was trained on, and save the controller."""
+    recipe = Recipe.load(options.recipe)
+    assert recipe.controller.kind == "qlip"
+    made = Labels.load(options.out / "labels.safetensors")
+    model = T2Q(made.embeddings.shape[1], HIDDEN)
+    model.load_state_dict(load_file(options.out / "t2q.safetensors"))
+    train, _ = split_rows(made)
+    texts = random.Random(2).sample([made.prompts[row] for row in train], min(256, len(train)))
+    settings = settings_of(options)
+    pipe = placed(load_pipeline(recipe), settings)
+    encoded = EncodedPrompts.from_pipeline(pipe, texts, "eos")
+    training = Q2BTraining(
+        bit_weight=options.bit_weight, trajectories=options.trajectories, batch=options.batch, lr=options.lr
+    )
+    origin = (
+        f"T2Q and Q2B trained by scripts/demo_model/make_qlip.py on captions of the demo's data; {training}, "
+        f"{STEPS} steps, guidance {GUIDANCE:g}"
+    )
+    controller, log = train_controller(
+        pipe, recipe, model, encoded, settings, training, origin, early=EARLY, initial_slope=options.slope
+    )
+    controller.save_pretrained(options.to / recipe.controller.path.name)
+    write_json(options.out / f"q2b-{recipe.controller.path.name}.json", [vars(record) for record in log])
+    print(json.dumps([vars(record) for record in (log[0], log[-1])]))
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """How all of it samples."""
+    return Settings(steps=STEPS, guidance_scale=GUIDANCE, seed=2, device=options.device)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, indented."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Run one step."""
+    parser = argparse.ArgumentParser()
+    steps = parser.add_subparsers(required=True)
+    for step in (prompts, references, labels, t2q, ranges, q2b):
+        one = steps.add_parser(step.__name__)
+        one.set_defaults(run=step)
+        if step in (prompts, references):
+            one.add_argument("data", type=Path)
+        one.add_argument("out", type=Path)
+        if step in (ranges, q2b):
+            one.add_argument("recipe")
+            one.add_argument("--to", type=Path, default=ROOT / "recipes/qlip_demo")
+        one.add_argument("--device", default="cpu")
+        one.add_argument("--limit", type=int, help="prompts at most (for trials)")
+        one.add_argument("--batch", type=int, default=8 if step is q2b else 64)
+        if step is q2b:
+            one.add_argument("--bit-weight", type=float, required=True)
+            one.add_argument("--trajectories", type=int, default=60)
+            one.add_argument("--lr", type=float, default=0.1)
+            one.add_argument("--slope", type=float, default=4.0)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
