@@ -21,8 +21,8 @@ def test_the_example(
     assert block is not None
     monkeypatch.chdir(tmp_path)
     exec(compile(block[1], "README.md", "exec"), {})
-    assert {path.name for path in tmp_path.iterdir()} == {"row-12.png", "plan.safetensors"}
-    assert "K = 65 controlled quantizers" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"rocket.png", "rocket-bits.png", "plan.safetensors"}
+    assert "K = 108 controlled quantizers" in capsys.readouterr().out
 
 
 def test_the_demo_command(tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_the_demo_command(tmp_path: Path) -> None:
     assert block is not None
     arguments = shlex.split(block[1].rpartition("&&")[2])[1:]
     out = tmp_path / arguments[-1]
-    assert main([*arguments[:-1], str(out)]) == 0
-    assert (out / "report.json").is_file()
+    assert main([*arguments[:-1], str(out), "--prompt", "rocket", "--steps", "2"]) == 0
+    assert (out / "index.html").is_file()
 
 
 def test_the_recipe_is_a_recipe(tmp_path: Path) -> None:
