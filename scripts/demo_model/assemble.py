@@ -44,10 +44,17 @@ def main(prepared: Path, parts: Path, folder: Path) -> None:
     # Both generations of transformers read CLIP's two files; the other spelling is four times as large.
     shutil.rmtree(target / "tokenizer")
     shutil.copytree(prepared / "tokenizer", target / "tokenizer")
+    _in_the_older_spelling(target / "text_encoder" / "model.safetensors")
     write_clip(parts, folder / "clip")
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*.safetensors"))}
     print(json.dumps(sizes, indent=1))
     print("pipeline", sum(size for name, size in sizes.items() if name.startswith("pipeline")))
+
+
+def _in_the_older_spelling(path: Path) -> None:
+    """Name CLIP's tensors as transformers before 5 did: both generations read that, the older reads no other."""
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
 
 
 def write_clip(parts: Path, folder: Path) -> None:
