@@ -1,12 +1,13 @@
 """Figures and numbers of the demo's model card.
 
-    python scripts/demo_model/show.py grids  build/demo build/qlip   # pictures of known and unknown concepts
-    python scripts/demo_model/show.py probe  build/demo build/qlip   # what an independent classifier sees in them
-    python scripts/demo_model/show.py errors build/demo build/qlip   # errors by widths, over the trajectory
-    python scripts/demo_model/show.py fab    build/demo build/qlip   # bits by caption level, known and unknown
-    python scripts/demo_model/show.py curves build/demo build/qlip   # curves of the training runs in logs/
+    python scripts/demo_model/show.py grids build/demo   # pictures of known and unknown concepts
+    python scripts/demo_model/show.py probe build/demo   # what an independent classifier sees in them
+    python scripts/demo_model/show.py errors             # errors by widths, over the trajectory
+    python scripts/demo_model/show.py fab                # bits by caption level, known and unknown
+    python scripts/demo_model/show.py curves             # curves of the training runs in logs/
+    python scripts/demo_model/show.py tables             # puts the numbers into the model card
 
-The two folders are those of prepare.py and make_qlip.py. Writes into docs/demo.
+build/demo is the folder of prepare.py; the others read logs/, what the shipped run left. Writes into docs/demo.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from qlip_plugins.text_to_bits import TextToBits
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "docs" / "demo"
+LOGS = Path(__file__).parent / "logs"
 KNOWN = (
     "red apple", "cat", "rocket", "fire engine", "guitar", "rainbow",
     "snowman", "crab", "sunflower", "hamburger", "umbrella", "penguin",
@@ -47,6 +49,7 @@ LEVELS_SHOWN = (1, 3, 5)
 PROBED_CONCEPTS = 48
 ERROR_PROMPTS = 16
 BATCH = 8
+KINDS = {"seen": "trained concepts", "unseen": "held-out concepts"}
 
 
 def captions_of(data: Path, label: str) -> list[str]:
@@ -202,7 +205,7 @@ def latents_of(pipe: Any, prompts: Sequence[str], settings: Settings) -> Tensor:
 
 def errors(options: argparse.Namespace) -> None:
     """Relative squared error of the noise prediction on the float trajectory, and of the final latents."""
-    made = Labels.load(options.qlip / "labels.safetensors")
+    made = Labels.load(LOGS / "labels.safetensors")
     _, held = split_rows(made)
     random.Random(4).shuffle(held)
     prompts = [made.prompts[row] for row in held[:ERROR_PROMPTS]]
@@ -328,9 +331,9 @@ def plot_errors(table: Mapping[str, Any]) -> None:
 
 def fab(options: argparse.Namespace) -> None:
     """FAB and predicted quality by caption level, trained and held-out concepts, on prompts T2Q did not see."""
-    made = Labels.load(options.qlip / "labels.safetensors")
+    made = Labels.load(LOGS / "labels.safetensors")
     _, held = split_rows(made)
-    result: dict[str, Any] = {"prompts": len(held), "t2q": read_json(options.qlip / "t2q.json")}
+    result: dict[str, Any] = {"prompts": len(held), "t2q": read_json(LOGS / "t2q.json")}
     targets = made.targets
     for recipe in (Recipe.load("demo-qlip-468"), Recipe.load("demo-qlip-81632")):
         assert isinstance(recipe.controller, QlipController)
@@ -342,13 +345,13 @@ def fab(options: argparse.Namespace) -> None:
         for tag in ("seen", "level"):
             for value in sorted(set(made.tags[tag])):
                 chosen = torch.tensor([made.tags[tag][row] == value for row in held])
-                rows[f"{tag} {value}"] = summary(values[chosen], quality[chosen], targets[held][chosen])
+                rows[KINDS.get(value, f"level {value}")] = summary(values[chosen], quality[chosen], targets[held][chosen])
         for concept in ("seen", "unseen"):
             for level in "12345":
                 chosen = torch.tensor(
                     [made.tags["seen"][row] == concept and made.tags["level"][row] == level for row in held]
                 )
-                rows[f"{concept}, level {level}"] = summary(values[chosen], quality[chosen], targets[held][chosen])
+                rows[f"{KINDS[concept]}, level {level}"] = summary(values[chosen], quality[chosen], targets[held][chosen])
         result[str(recipe.activation_bits.widths)] = rows
     write_json(OUT / "fab.json", result)
     print(json.dumps(result, indent=1))
@@ -373,8 +376,7 @@ def curves(options: argparse.Namespace) -> None:
     """The training runs as they went."""
     import matplotlib.pyplot as plt
 
-    logs = Path(__file__).parent / "logs"
-    runs = {name: [json.loads(line) for line in (logs / f"{name}.jsonl").open()] for name in ("clip", "vae", "unet")}
+    runs = {name: [json.loads(line) for line in (LOGS / f"{name}.jsonl").open()] for name in ("clip", "vae", "unet")}
     figure, axes = plt.subplots(2, 3, figsize=(13, 7))
     for place, (name, key) in enumerate((("clip", "loss"), ("vae", "loss"), ("unet", "loss"))):
         rows = [row for row in runs[name] if key in row and "what" not in row]
@@ -389,13 +391,13 @@ def curves(options: argparse.Namespace) -> None:
         one.legend(fontsize=8)
     clip = [row for row in runs["clip"] if isinstance(row.get("unknown"), dict)]
     for level in ("level_1", "level_5"):
-        axes[1][0].plot([row["seconds"] if "settings" not in row else row["seconds"] for row in clip],
+        axes[1][0].plot([row["seconds"] for row in clip],
                         [row["unknown"][level] for row in clip], label=f"{level.replace('_', ' ')}, unknown concepts")
     axes[1][0].set_title("retrieval, top 1")
     axes[1][0].set_xlabel("seconds")
     axes[1][0].legend(fontsize=8)
     for place, menu in ((1, "468"), (2, "81632")):
-        log = read_json(logs / f"q2b-controller-{menu}.json")
+        log = read_json(LOGS / f"q2b-controller-{menu}.json")
         one, other = axes[1][place], axes[1][place].twinx()
         one.plot([row["fab"] for row in log], color="tab:blue")
         other.plot([row["mse"] for row in log], color="tab:orange")
@@ -405,15 +407,69 @@ def curves(options: argparse.Namespace) -> None:
     figure.savefig(OUT / "curves.png", dpi=90)
 
 
+def tables(options: argparse.Namespace) -> None:
+    """Put the numbers of docs/demo/*.json into the model card, between its marks."""
+    card = ROOT / "recipes" / "qlip_demo" / "README.md"
+    text = card.read_text(encoding="utf-8")
+    for name, make in (("probe", probe_table), ("errors", error_table), ("fab", fab_table)):
+        table = "\n".join(make(read_json(OUT / f"{name}.json")))
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        text = f"{before}{mark}{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    card.write_text(text, encoding="utf-8")
+
+
+def probe_table(result: Mapping[str, Any]) -> Iterator[str]:
+    """Shares named rightly, by kind of concept and caption level."""
+    yield "| pictures | n | subgroup, top 1 | top 5 | concept, top 1 | top 5 |"
+    yield "|---|---|---|---|---|---|"
+    chance = {kind: f"{1 / count:.1%}" for kind, count in result["classes"].items()}
+    yield f"| chance | | {chance['subgroup']} | | {chance['concept']} | |"
+    for name, row in result.items():
+        if name == "classes":
+            continue
+        cells = [
+            f"{row[kind][top]:.0%}" if kind in row else "-"
+            for kind in ("subgroup", "concept")
+            for top in ("top_1", "top_5")
+        ]
+        yield f"| {name} | {row.get('pictures', '')} | {' | '.join(cells)} |"
+
+
+def error_table(result: Mapping[str, Any]) -> Iterator[str]:
+    """A row a setting."""
+    yield "| setting | FAB | prediction | guided | latents |"
+    yield "|---|---|---|---|---|"
+    for name, row in result.items():
+        if isinstance(row, dict) and "prediction" in row:
+            fab = "-" if row["fab"] is None else f"{row['fab']:.2f}"
+            errors = " | ".join(f"{row[key]:.4f}" for key in ("prediction", "guided_prediction", "final_latents"))
+            yield f"| {name} | {fab} | {errors} |"
+
+
+def fab_table(result: Mapping[str, Any]) -> Iterator[str]:
+    """A row a kind of prompt, both menus beside each other."""
+    small, large = result["(4, 6, 8)"], result["(8, 16, 32)"]
+    yield "| prompts | n | {4,6,8} | least to most | {8,16,32} | least to most | predicted quality | label |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, row in small.items():
+        cells = [
+            f"{menu[name]['fab']:.2f} ± {menu[name]['fab_standard_error']:.2f} | "
+            f"{menu[name]['fab_least']:.2f} to {menu[name]['fab_most']:.2f}"
+            for menu in (small, large)
+        ]
+        label = f"{row['label']:.2f} ± {row['label_standard_error']:.2f}"
+        yield f"| {name} | {row['prompts']} | {' | '.join(cells)} | {row['predicted_quality']:.2f} | {label} |"
+
+
 def main() -> None:
     """Make one of the figures."""
     parser = argparse.ArgumentParser()
     steps = parser.add_subparsers(required=True)
-    for step in (grids, probe, errors, fab, curves):
+    for step in (grids, probe, errors, fab, curves, tables):
         one = steps.add_parser(step.__name__)
         one.set_defaults(run=step)
-        one.add_argument("data", type=Path)
-        one.add_argument("qlip", type=Path)
+        if step in (grids, probe):
+            one.add_argument("data", type=Path)
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     options.run(options)
