@@ -18,7 +18,7 @@ import random
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from qlip_plugins.adapter import load_backend, load_base_quantizer
 from qlip_plugins.controller import apply
 from qlip_plugins.generation import Settings, load_pipeline, sample
 from qlip_plugins.labels import Labels
+from qlip_plugins.metrics import mean_cost
 from qlip_plugins.recipe import QlipController, Recipe, StaticController
 from qlip_plugins.state import CalibratedLayer, CalibratedState
 from qlip_plugins.text_to_bits import TextToBits
@@ -226,13 +227,13 @@ def compare(pipe: Any, exact: Sequence[Trajectory], controller: Any) -> dict[str
     """What a setting does to the calls of the float trajectory, and to a trajectory of its own."""
     steps = len(exact[0].calls)
     wrong, energy = torch.zeros(2, steps, dtype=torch.float64), torch.zeros(2, steps, dtype=torch.float64)
-    drift, size, fab = 0.0, 0.0, []
+    drift, size, costs = 0.0, 0.0, []
     for one in exact:
         latents = latents_of(pipe, one.prompts, one.settings)
         drift += float((latents - one.latents).double().square().sum())
         size += float(one.latents.double().square().sum())
-        if controller is not None and controller.plan is not None:
-            fab += controller.plan.fab()
+        if controller is not None:
+            costs += controller.report().prompts
         for step, (args, kwargs, target) in enumerate(one.calls):
             with torch.no_grad():
                 found = pipe.unet(*args, **kwargs)[0]
@@ -244,7 +245,7 @@ def compare(pipe: Any, exact: Sequence[Trajectory], controller: Any) -> dict[str
         "prediction": prediction,
         "guided_prediction": after_guidance,
         "final_latents": drift / size,
-        "fab": sum(fab) / len(fab) if fab else None,
+        "cost": asdict(mean_cost(costs)) if costs else None,
         "by_step": (wrong[0] / energy[0]).tolist(),
     }
 
@@ -437,13 +438,16 @@ def probe_table(result: Mapping[str, Any]) -> Iterator[str]:
 
 def error_table(result: Mapping[str, Any]) -> Iterator[str]:
     """A row a setting."""
-    yield "| setting | FAB | prediction | guided | latents |"
-    yield "|---|---|---|---|---|"
+    yield "| setting | FAB | FAB by MACs | BitOPs (G) | prediction | guided | latents |"
+    yield "|---|---|---|---|---|---|---|"
     for name, row in result.items():
         if isinstance(row, dict) and "prediction" in row:
-            fab = "-" if row["fab"] is None else f"{row['fab']:.2f}"
+            cost = row["cost"]
+            costs = "- | - | -" if cost is None else (
+                f"{cost['fab']:.2f} | {cost['fab_mac_weighted']:.2f} | {cost['bitops_paper'] * 1e3:.2f}"
+            )
             errors = " | ".join(f"{row[key]:.4f}" for key in ("prediction", "guided_prediction", "final_latents"))
-            yield f"| {name} | {fab} | {errors} |"
+            yield f"| {name} | {costs} | {errors} |"
 
 
 def fab_table(result: Mapping[str, Any]) -> Iterator[str]:
