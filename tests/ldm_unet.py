@@ -7,10 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+DEMO: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 96,
+    "channel_mult": (1, 2, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (1, 2),
+    "num_heads": 4,
+    "context_dim": 256,
+}
+"""What the public code would be told about the embedded demo, besides `use_spatial_transformer` and the like."""
 
 
 def sinusoids(timesteps: Tensor, width: int) -> Tensor:
@@ -134,7 +148,7 @@ class Upsample(nn.Module):
 class Block(nn.Sequential):
     """Children in a row, each given what it takes besides the picture: time, text or nothing."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
         for child in self:
             if isinstance(child, ResBlock):
                 x = child(x, emb)
@@ -163,7 +177,6 @@ class UNetModel(nn.Module):
         super().__init__()
         self.model_channels = model_channels
         emb = 4 * model_channels
-        last = len(channel_mult) - 1
 
         def resnet(channels: int, out: int) -> nn.Module:
             return ResBlock(channels, out, emb, norm_groups)
@@ -171,35 +184,31 @@ class UNetModel(nn.Module):
         def attention(channels: int) -> nn.Module:
             return SpatialTransformer(channels, context_dim, num_heads, norm_groups)
 
+        def attended(channels: int, level: int) -> list[nn.Module]:
+            return [attention(channels)] if 2**level in attention_resolutions else []
+
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        blocks = [Block(nn.Conv2d(in_channels, model_channels, 3, padding=1))]
-        channels, skips = model_channels, [model_channels]
-        for level, factor in enumerate(channel_mult):
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, model_channels, 3, padding=1))])
+        skips = [model_channels]
+        widths = [factor * model_channels for factor in channel_mult]
+        for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                children = [resnet(channels, factor * model_channels)]
-                channels = factor * model_channels
-                if 2**level in attention_resolutions:
-                    children.append(attention(channels))
-                blocks.append(Block(*children))
-                skips.append(channels)
-            if level < last:
-                blocks.append(Block(Downsample(channels)))
-                skips.append(channels)
-        self.input_blocks = nn.ModuleList(blocks)
-        self.middle_block = Block(resnet(channels, channels), attention(channels), resnet(channels, channels))
-        blocks = []
-        for level, factor in reversed(list(enumerate(channel_mult))):
+                self.input_blocks.append(Block(resnet(skips[-1], width), *attended(width, level)))
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.input_blocks.append(Block(Downsample(width)))
+                skips.append(width)
+        last = widths[-1]
+        self.middle_block = Block(resnet(last, last), attention(last), resnet(last, last))
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
             for index in range(num_res_blocks + 1):
-                children = [resnet(channels + skips.pop(), factor * model_channels)]
-                channels = factor * model_channels
-                if 2**level in attention_resolutions:
-                    children.append(attention(channels))
-                if level > 0 and index == num_res_blocks:
-                    children.append(Upsample(channels))
-                blocks.append(Block(*children))
-        self.output_blocks = nn.ModuleList(blocks)
+                way_up = [Upsample(width)] if level > 0 and index == num_res_blocks else []
+                children = [resnet(last + skips.pop(), width), *attended(width, level), *way_up]
+                self.output_blocks.append(Block(*children))
+                last = width
         self.out = nn.Sequential(
-            nn.GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(norm_groups, last), nn.SiLU(), nn.Conv2d(last, out_channels, 3, padding=1)
         )
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:

@@ -14,27 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from golden_model import GoldenModel
-from ldm_unet import UNetModel
+from ldm_unet import DEMO, UNetModel
 from qlip_qdiffusion.ldm_names import diffusers_names, ldm_names
-
-DEMO = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 96,
-    "channel_mult": (1, 2, 2),
-    "num_res_blocks": 1,
-    "attention_resolutions": (1, 2),
-    "num_heads": 4,
-    "context_dim": 256,
-}
-"""What the public code would be told of the embedded demo, besides `use_spatial_transformer` and the like."""
 
 PROMPTS = ["", "a red fox", "smiling face with sunglasses, flat drawing"]
 
 
 @pytest.fixture(scope="module")
 def demo_ldm(demo_pipe: Any) -> UNetModel:
-    model = UNetModel(**DEMO).eval()  # type: ignore[arg-type]
+    model = UNetModel(**DEMO).eval()
     model.load_state_dict(renamed(demo_pipe.unet), strict=True)
     return model
 
@@ -118,7 +106,7 @@ def test_other_arguments_are_another_model(
     change: dict[str, Any], demo_pipe: Any, demo_ldm: UNetModel
 ) -> None:
     """The comparison above would see a wrong argument: sizes do not fit, or another output comes."""
-    other = UNetModel(**{**DEMO, **change}).eval()  # type: ignore[arg-type]
+    other = UNetModel(**{**DEMO, **change}).eval()
     if change.get("num_heads") is None:
         with pytest.raises(RuntimeError, match="Error"):
             other.load_state_dict(renamed(demo_pipe.unet))
