@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 DEMO: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
