@@ -161,6 +161,7 @@ def write_split(records: list[dict[str, Any]], split: Split) -> None:
             "held_out": len(split.held_out),
             "copies_dropped": len(split.copies),
         },
+        "trained_concepts": sorted({records[row]["hex"] for row in split.train}),
         "held_out_concepts": split.held_out_concepts,
         "copies": {named(row): named(first) for row, first in split.copies.items()},
         "families": split.families,
