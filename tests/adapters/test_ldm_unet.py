@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from golden_model import GoldenModel
 from ldm_unet import DEMO, UNetModel
@@ -40,7 +40,7 @@ def module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def modules_of(model: torch.nn.Module) -> list[str]:
+def modules_of(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(module_of(name) for name in model.state_dict()))
 
 
@@ -85,6 +85,15 @@ def test_every_tensor_of_the_demo_has_its_place(demo_pipe: Any, demo_ldm: UNetMo
         module, _, parameter = name.rpartition(".")
         assert torch.equal(state.pop(f"{back[module]}.{parameter}"), tensor), name
     assert not state
+
+
+def test_norms_have_ldm_s_epsilon(demo_pipe: Any, demo_ldm: UNetModel) -> None:
+    """Too small to show in an output: 1e-6 in front of a transformer, 1e-5 elsewhere."""
+    norms = {name: m for name, m in demo_ldm.named_modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)}
+    for name, ours in diffusers_names(modules_of(demo_ldm)).items():
+        if name in norms:
+            assert demo_pipe.unet.get_submodule(ours).eps == norms[name].eps, name
+    assert {norm.eps for norm in norms.values()} == {1e-5, 1e-6}
 
 
 def test_the_demo_computes_the_same_as_ldm(demo_pipe: Any, demo_ldm: UNetModel) -> None:
