@@ -114,6 +114,25 @@ class CalibratedState:
         operands = {name: grid for name, grid in grids.items() if name.rpartition(".")[2] in OPERANDS}
         return replace(self, layers=layers, operands=operands)
 
+    def with_float_weights(self, denoiser: nn.Module) -> CalibratedState:
+        """The same state with the layers' unquantized weights filled in, as native formats store them.
+
+        Args:
+            denoiser: what was calibrated, in floating point.
+
+        Raises:
+            IncompatibleModelError: its names, shapes or weights are not those that were calibrated.
+        """
+        self.check_fits(denoiser)
+        self.check_same_weights(denoiser)
+        weights = {f"{name}.weight": denoiser.get_parameter(f"{name}.weight") for name in self.layers}
+        missing = {
+            name: weight.detach().cpu()
+            for name, weight in weights.items()
+            if name not in self.float_parameters
+        }
+        return replace(self, float_parameters={**self.float_parameters, **missing})
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that the installed model computes with: codes, steps, zero points, biases, norms.

@@ -15,6 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from golden_model import CASES, GoldenModel
 from qlip_plugins import load_base_quantizer
+from qlip_plugins.generation import load_pipeline
+from qlip_plugins.recipe import Recipe
 from qlip_plugins.state import CalibratedState
 
 
@@ -58,6 +60,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+
+
+@pytest.fixture(scope="session")
+def demo_pipe() -> Any:
+    """The embedded demo's pipeline, shared: leave it as it is."""
+    pipe = load_pipeline(Recipe.load("demo-w4a8"))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False)
+    return pipe
 
 
 @pytest.fixture

@@ -60,6 +60,8 @@ class ImageTextScore:
         tokens = self._pipe.tokenizer(
             list(prompts), padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
-        pooled = self._pipe.text_encoder(tokens.to(self._pipe.text_encoder.device)).pooler_output.float().cpu()
+        pooled = (
+            self._pipe.text_encoder(tokens.to(self._pipe.text_encoder.device)).pooler_output.float().cpu()
+        )
         pictures = self._features(images).cpu() @ self._image.T
         return F.cosine_similarity(pictures, pooled @ self._text.T)

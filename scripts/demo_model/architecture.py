@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, ResNetConfig, ResNetModel
@@ -106,8 +105,3 @@ def encode_text(encoder: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Token states `(N, 77, 256)` and pooled states `(N, 256)`."""
     out = encoder(tokens)
     return out.last_hidden_state, out.pooler_output
-
-
-def seeded(seed: int) -> None:
-    """Seed every generator that training draws from."""
-    torch.manual_seed(seed)

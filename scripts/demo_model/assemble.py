@@ -61,7 +61,9 @@ def write_clip(parts: Path, folder: Path) -> None:
     """The image tower as transformers' ResNetModel folder, the projections beside it."""
     stored = load_file(parts / "image_tower.safetensors")
     tower = ImageTower()
-    tower.load_state_dict({k.removeprefix("image."): v.float() for k, v in stored.items() if k.startswith("image.")})
+    tower.load_state_dict(
+        {k.removeprefix("image."): v.float() for k, v in stored.items() if k.startswith("image.")}
+    )
     shutil.rmtree(folder, ignore_errors=True)
     tower.backbone.half().save_pretrained(folder)
     save_file(

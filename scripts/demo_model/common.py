@@ -6,6 +6,7 @@ import io
 import json
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,7 @@ class Data:
         stored = load_file(folder / "dataset.safetensors")
         self.facts: list[dict[str, Any]] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         content, offsets = bytes(stored["webp"].numpy()), stored["offsets"].tolist()
-        decoded = [
-            _decoded(content[start:end]) for start, end in zip(offsets[:-1], offsets[1:], strict=True)
-        ]
+        decoded = [_decoded(content[start:end]) for start, end in pairwise(offsets)]
         self.pictures = torch.stack(decoded).to(device)
         self.tokens = stored["tokens"].long().to(device)
         held = torch.tensor([fact["held_out"] for fact in self.facts])
@@ -50,7 +49,11 @@ class Data:
 
 def _decoded(content: bytes) -> Tensor:
     picture = Image.open(io.BytesIO(content)).convert("RGB")
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(SIDE, SIDE, 3).permute(2, 0, 1)
+    return (
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        .reshape(SIDE, SIDE, 3)
+        .permute(2, 0, 1)
+    )
 
 
 def jitter(images: Tensor, degrees: float, shift: float, scale: float) -> Tensor:
@@ -135,7 +138,9 @@ class Log:
 def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict rounded to float16, on the CPU."""
     return {
-        name: tensor.detach().to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype).contiguous()
+        name: tensor.detach()
+        .to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype)
+        .contiguous()
         for name, tensor in state.items()
     }
 

@@ -1,10 +1,10 @@
-"""From the trained demo pipeline to its QLIP: prompts, labels, T2Q, ranges, Q2B.
+r"""From the trained demo pipeline to its QLIP: prompts, labels, T2Q, ranges, Q2B.
 
     python scripts/demo_model/make_qlip.py prompts build/demo build/qlip
     python scripts/demo_model/make_qlip.py references build/demo build/qlip
     python scripts/demo_model/make_qlip.py labels build/qlip --device cuda
     python scripts/demo_model/make_qlip.py t2q build/qlip
-    qlip-plugins calibrate recipes/qlip_demo/pipeline --prompts build/qlip/calibration.txt --guidance 3 \\
+    qlip-plugins calibrate recipes/qlip_demo/pipeline --prompts build/qlip/calibration.txt --guidance 3 \
         --activation-bits 8 16 --out recipes/qlip_demo/base
     python scripts/demo_model/make_qlip.py ranges build/qlip demo-w4a8
     python scripts/demo_model/make_qlip.py q2b build/qlip demo-qlip-468 --bit-weight 4e-3
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import LEVELS, Data
-from qlip_demo.image_text import ImageFeatures
 from safetensors.torch import load_file, save_file
 
+from common import LEVELS, Data
+from qlip_demo.image_text import ImageFeatures
 from qlip_plugins.artefacts import read_tensors, write_tensors
 from qlip_plugins.controller import apply
 from qlip_plugins.embeddings import EncodedPrompts
@@ -68,7 +68,9 @@ def prompts(options: argparse.Namespace) -> None:
             tags |= {"seen": "unseen" if fact["held_out"] else "seen"}
             tags |= {key: fact[key] for key in ("style", "group", "subgroup")}
             chosen.setdefault(text, tags)
-    write_json(options.out / "label_prompts.json", [{"prompt": text, **tags} for text, tags in chosen.items()])
+    write_json(
+        options.out / "label_prompts.json", [{"prompt": text, **tags} for text, tags in chosen.items()]
+    )
     rest = [draw.choice(by_concept[concept]) for concept in seen[SEEN_CONCEPTS:]]
     lines = [fact["captions"][number % LEVELS] for number, fact in enumerate(rest[:CALIBRATION_PROMPTS])]
     (options.out / "calibration.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")

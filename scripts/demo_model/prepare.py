@@ -121,8 +121,10 @@ def _keys(record: dict[str, Any]) -> Iterator[str]:
     points = [point for point in record["hex"].split("-") if point not in _SIGNS]
     core = [point for point in points if point not in _PEOPLE]
     # Groups of people ("family", "kiss", "people holding hands") differ in nothing but who they are.
-    yield f"subgroup family {record['subgroup']}" if record["subgroup"] == "family" else "-".join(
-        core or points
+    yield (
+        f"subgroup family {record['subgroup']}"
+        if record["subgroup"] == "family"
+        else "-".join(core or points)
     )
     name = " ".join(_GENDERED.sub(" ", record["label"].lower()).split())
     if record["group"] == "people-body" and name:
@@ -159,11 +161,14 @@ def write_split(records: list[dict[str, Any]], split: Split) -> None:
             "held_out": len(split.held_out),
             "copies_dropped": len(split.copies),
         },
+        "trained_concepts": sorted({records[row]["hex"] for row in split.train}),
         "held_out_concepts": split.held_out_concepts,
         "copies": {named(row): named(first) for row, first in split.copies.items()},
         "families": split.families,
     }
-    (DATA / "split.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (DATA / "split.json").write_text(
+        json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def make_tokenizer(records: list[dict[str, Any]], rows: list[int], folder: Path) -> None:
@@ -183,7 +188,10 @@ def make_tokenizer(records: list[dict[str, Any]], rows: list[int], folder: Path)
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 2 - len(alphabet), initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=VOCABULARY - 2 - len(alphabet),
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     tokenizer.train_from_iterator((text for row in rows for text in records[row]["captions"]), trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
@@ -192,27 +200,33 @@ def make_tokenizer(records: list[dict[str, Any]], rows: list[int], folder: Path)
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(
-        json.dumps({token: number for number, token in enumerate(tokens)}, ensure_ascii=False), encoding="utf-8"
+        json.dumps({token: number for number, token in enumerate(tokens)}, ensure_ascii=False),
+        encoding="utf-8",
     )
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {name: "<|endoftext|>" for name in ("eos_token", "unk_token", "pad_token")}
     special["bos_token"] = "<|startoftext|>"
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True, **special}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": TOKENS,
+        "do_lower_case": True,
+        **special,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1) + "\n")
 
 
-def write_dataset(
-    records: list[dict[str, Any]], split: Split, tokenizer: Any, folder: Path
-) -> None:
+def write_dataset(records: list[dict[str, Any]], split: Split, tokenizer: Any, folder: Path) -> None:
     """Pictures `(n, 64, 64, 3)` as WebP bytes, caption tokens `(n, 5, 77)`, and facts, in one file."""
     rows = [*split.train, *split.held_out]
     pictures = [records[row]["image"] for row in rows]
     offsets = torch.tensor([0, *map(len, pictures)]).cumsum(0)
     tokens = torch.tensor(
         [
-            tokenizer(records[row]["captions"], padding="max_length", truncation=True, max_length=TOKENS).input_ids
+            tokenizer(
+                records[row]["captions"], padding="max_length", truncation=True, max_length=TOKENS
+            ).input_ids
             for row in rows
         ],
         dtype=torch.int16,

@@ -142,7 +142,9 @@ def main() -> None:
     log(
         step=step,
         seconds=clock.elapsed,
-        settings={name: getattr(options, name) for name in ("rate", "words_lost", "text_dropout", "recolour")},
+        settings={
+            name: getattr(options, name) for name in ("rate", "words_lost", "text_dropout", "recolour")
+        },
         trained=retrieval(model, data, trained[:1000]),
         unknown=retrieval(model, data, checked),
         held_out=retrieval(model, data, data.held_out),

@@ -49,7 +49,9 @@ class Prepared:
             [torch.cat([vae.encode(part).latent_dist.mode() for part in every.split(256)]) for every in sets]
         ).to(torch.bfloat16)
         encoder = text_encoder(int(data.tokens.max()) + 1)
-        encoder.load_state_dict({k: v.float() for k, v in load_file(parts / "text_encoder.safetensors").items()})
+        encoder.load_state_dict(
+            {k: v.float() for k, v in load_file(parts / "text_encoder.safetensors").items()}
+        )
         encoder = encoder.to(device).eval()
         tokens = data.tokens[rows].flatten(0, 1)
         states = torch.cat([encode_text(encoder, part)[0].to(torch.bfloat16) for part in tokens.split(1024)])
@@ -95,7 +97,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--pictures", type=int, help="use the first so many only (for trials)")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--wait", type=Path, help="compile first, then wait for this file: the parts are ready")
+    parser.add_argument(
+        "--wait", type=Path, help="compile first, then wait for this file: the parts are ready"
+    )
     parser.add_argument("--init", type=Path, help="folder with weights to start from")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -136,7 +140,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def make_loss(model: Any, device: torch.device) -> Loss:
     """Squared error of the predicted noise, weighted as min-SNR has it."""
     alphas = scheduler().alphas_cumprod.to(device)
-    weights = (SNR_LIMIT * (1 - alphas) / alphas).clamp(max=1)
+    weights: Tensor = (SNR_LIMIT * (1 - alphas) / alphas).clamp(max=1)
 
     def loss_of(latents: Tensor, states: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         alpha = alphas[times][:, None, None, None]
@@ -205,7 +209,13 @@ def train(
     if rank == 0:
         save_parts(half(average.values), options.out, "unet")
         model.load_state_dict(average.values)
-        log(step=step, seconds=clock.elapsed, what="done", loss=check(model, prepared), unseen=check(model, unseen))
+        log(
+            step=step,
+            seconds=clock.elapsed,
+            what="done",
+            loss=check(model, prepared),
+            unseen=check(model, unseen),
+        )
 
 
 @torch.no_grad()

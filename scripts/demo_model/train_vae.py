@@ -54,7 +54,7 @@ def whiten(model: Any, data: Data) -> None:
     out.weight[:channels] /= deviation[:, None, None, None]
     out.bias[:channels] = (out.bias[:channels] - mean) / deviation
     out.bias[channels:] -= 2 * deviation.log()
-    back.bias += (back.weight[:, :, 0, 0] @ mean)
+    back.bias += back.weight[:, :, 0, 0] @ mean
     back.weight *= deviation[None, :, None, None]
 
 

@@ -12,12 +12,32 @@ import qlip_plugins
 from qlip_plugins.recipe import Recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = ("qlip_plugins", "qlip_packed", "qlip_qdiffusion", "qlip_torch", "qlip_demo", "qlip_recipes")
 
 
 def test_version_and_typing_marker() -> None:
     assert metadata.version("qlip-plugins") == qlip_plugins.__version__
-    for package in ("qlip_plugins", "qlip_packed", "qlip_qdiffusion", "qlip_torch", "qlip_recipes"):
+    for package in PACKAGES:
         assert resources.files(package).joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("package", ["qlip_demo", "qlip_recipes"])
+def test_data_is_installed_whole(package: str) -> None:
+    """Every file of the tree is in the installed package, byte for byte."""
+    tree, installed = ROOT / "recipes" / package, Path(str(resources.files(package)))
+    files = [path for path in tree.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert len(files) > 10
+    for path in files:
+        assert (installed / path.relative_to(tree)).read_bytes() == path.read_bytes(), path
+
+
+def test_nothing_else_is_installed() -> None:
+    """Neither the training data nor the scripts nor the tests."""
+    recorded = metadata.files("qlip-plugins") or []
+    assert recorded
+    roots = {file.parts[0] for file in recorded if file.parts[0] != ".."}
+    strange = [root for root in roots if root not in PACKAGES and not root.startswith(("qlip_plugins-", "_"))]
+    assert strange == []
 
 
 def test_entry_points() -> None:

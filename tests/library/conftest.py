@@ -1,4 +1,4 @@
 from calibration_fixtures import calibrated
-from model_fixtures import edited, model, states, text_pipe, tokenizer
+from model_fixtures import demo_pipe, edited, model, states, text_pipe, tokenizer
 
-__all__ = ["calibrated", "edited", "model", "states", "text_pipe", "tokenizer"]
+__all__ = ["calibrated", "demo_pipe", "edited", "model", "states", "text_pipe", "tokenizer"]
