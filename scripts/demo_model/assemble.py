@@ -53,7 +53,9 @@ def main(prepared: Path, parts: Path, folder: Path) -> None:
 
 def _in_the_older_spelling(path: Path) -> None:
     """Name CLIP's tensors as transformers before 5 did: both generations read that, the older reads no other."""
-    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    tensors = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()
+    }
     save_file(tensors, path, {"format": "pt"})
 
 

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Data
-from make_qlip import GUIDANCE, STEPS, read_json, split_rows, write_json
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from common import Data
+from make_qlip import GUIDANCE, STEPS, read_json, split_rows, write_json
 from qlip_plugins.adapter import load_backend, load_base_quantizer
 from qlip_plugins.controller import apply
 from qlip_plugins.generation import Settings, load_pipeline, sample
@@ -128,15 +128,22 @@ def probe(options: argparse.Namespace) -> None:
     """Linear probes on ImageNet features, trained on real pictures: do they name what was asked for?"""
     data = Data(options.data, "cpu")
     features = ImageNetFeatures()
-    real = torch.cat([features(data.pictures[part].float() / 255) for part in torch.arange(len(data.facts)).split(64)])
+    real = torch.cat(
+        [features(data.pictures[part].float() / 255) for part in torch.arange(len(data.facts)).split(64)]
+    )
     mean, deviation = real[data.train].mean(0), real[data.train].std(0).clamp(min=1e-6)
     real = (real - mean) / deviation
     subgroups = {name: number for number, name in enumerate(sorted({f["subgroup"] for f in data.facts}))}
     subgroup = torch.tensor([subgroups[fact["subgroup"]] for fact in data.facts])
-    fits = {"concept": ridge(real[data.train], data.concept[data.train]), "subgroup": ridge(real[data.train], subgroup[data.train])}
+    fits = {
+        "concept": ridge(real[data.train], data.concept[data.train]),
+        "subgroup": ridge(real[data.train], subgroup[data.train]),
+    }
     result: dict[str, Any] = {
         "classes": {"concept": len(data.concept[data.train].unique()), "subgroup": len(subgroups)},
-        "real held-out pictures": {"subgroup": accuracy(real[data.held_out] @ fits["subgroup"], subgroup[data.held_out])},
+        "real held-out pictures": {
+            "subgroup": accuracy(real[data.held_out] @ fits["subgroup"], subgroup[data.held_out])
+        },
     }
     first = {int(data.concept[row]): int(row) for row in reversed(range(len(data.facts)))}
     pipe = load_pipeline(Recipe.load("demo-w4a8"))
@@ -162,13 +169,17 @@ def ridge(features: Tensor, classes: Tensor, strength: float = 300.0) -> Tensor:
     x = features.double()
     # The dual form: fewer pictures than features.
     gram = x @ x.T + strength * torch.eye(len(x), dtype=torch.float64)
-    return (x.T @ torch.linalg.solve(gram, wanted)).float()
+    weights: Tensor = (x.T @ torch.linalg.solve(gram, wanted)).float()
+    return weights
 
 
 def accuracy(scores: Tensor, classes: Tensor) -> dict[str, float]:
     """Shares of pictures whose class comes first, and among the first five."""
     top = scores.topk(5, dim=1).indices == torch.as_tensor(classes)[:, None]
-    return {"top_1": round(float(top[:, 0].float().mean()), 4), "top_5": round(float(top.any(1).float().mean()), 4)}
+    return {
+        "top_1": round(float(top[:, 0].float().mean()), 4),
+        "top_5": round(float(top.any(1).float().mean()), 4),
+    }
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
@@ -346,13 +357,17 @@ def fab(options: argparse.Namespace) -> None:
         for tag in ("seen", "level"):
             for value in sorted(set(made.tags[tag])):
                 chosen = torch.tensor([made.tags[tag][row] == value for row in held])
-                rows[KINDS.get(value, f"level {value}")] = summary(values[chosen], quality[chosen], targets[held][chosen])
+                rows[KINDS.get(value, f"level {value}")] = summary(
+                    values[chosen], quality[chosen], targets[held][chosen]
+                )
         for concept in ("seen", "unseen"):
             for level in "12345":
                 chosen = torch.tensor(
                     [made.tags["seen"][row] == concept and made.tags["level"][row] == level for row in held]
                 )
-                rows[f"{KINDS[concept]}, level {level}"] = summary(values[chosen], quality[chosen], targets[held][chosen])
+                rows[f"{KINDS[concept]}, level {level}"] = summary(
+                    values[chosen], quality[chosen], targets[held][chosen]
+                )
         result[str(recipe.activation_bits.widths)] = rows
     write_json(OUT / "fab.json", result)
     print(json.dumps(result, indent=1))
@@ -377,14 +392,19 @@ def curves(options: argparse.Namespace) -> None:
     """The training runs as they went."""
     import matplotlib.pyplot as plt
 
-    runs = {name: [json.loads(line) for line in (LOGS / f"{name}.jsonl").open()] for name in ("clip", "vae", "unet")}
+    runs = {
+        name: [json.loads(line) for line in (LOGS / f"{name}.jsonl").open()]
+        for name in ("clip", "vae", "unet")
+    }
     figure, axes = plt.subplots(2, 3, figsize=(13, 7))
     for place, (name, key) in enumerate((("clip", "loss"), ("vae", "loss"), ("unet", "loss"))):
         rows = [row for row in runs[name] if key in row and "what" not in row]
         one = axes[0][place]
         one.plot([row["seconds"] for row in rows], [row[key] for row in rows], label="training batch")
         if name == "unet":
-            one.plot([row["seconds"] for row in rows], [row["unseen"] for row in rows], label="held-out concepts")
+            one.plot(
+                [row["seconds"] for row in rows], [row["unseen"] for row in rows], label="held-out concepts"
+            )
         one.set_yscale("log")
         one.set_title({"clip": "text and image tower", "vae": "autoencoder", "unet": "denoiser"}[name])
         one.set_xlabel("seconds")
@@ -392,8 +412,11 @@ def curves(options: argparse.Namespace) -> None:
         one.legend(fontsize=8)
     clip = [row for row in runs["clip"] if isinstance(row.get("unknown"), dict)]
     for level in ("level_1", "level_5"):
-        axes[1][0].plot([row["seconds"] for row in clip],
-                        [row["unknown"][level] for row in clip], label=f"{level.replace('_', ' ')}, unknown concepts")
+        axes[1][0].plot(
+            [row["seconds"] for row in clip],
+            [row["unknown"][level] for row in clip],
+            label=f"{level.replace('_', ' ')}, unknown concepts",
+        )
     axes[1][0].set_title("retrieval, top 1")
     axes[1][0].set_xlabel("seconds")
     axes[1][0].legend(fontsize=8)
@@ -443,10 +466,16 @@ def error_table(result: Mapping[str, Any]) -> Iterator[str]:
     for name, row in result.items():
         if isinstance(row, dict) and "prediction" in row:
             cost = row["cost"]
-            costs = "- | - | -" if cost is None else (
-                f"{cost['fab']:.2f} | {cost['fab_mac_weighted']:.2f} | {cost['bitops_paper'] * 1e3:.2f}"
+            costs = (
+                "- | - | -"
+                if cost is None
+                else (
+                    f"{cost['fab']:.2f} | {cost['fab_mac_weighted']:.2f} | {cost['bitops_paper'] * 1e3:.2f}"
+                )
             )
-            errors = " | ".join(f"{row[key]:.4f}" for key in ("prediction", "guided_prediction", "final_latents"))
+            errors = " | ".join(
+                f"{row[key]:.4f}" for key in ("prediction", "guided_prediction", "final_latents")
+            )
             yield f"| {name} | {costs} | {errors} |"
 
 

@@ -15,7 +15,9 @@ def test_every_component_computes_what_it_was_trained_to() -> None:
     ids = pipe.tokenizer(["rocket"], padding="max_length", return_tensors="pt").input_ids
     encoded = pipe.text_encoder(ids)
     # Loaders only warn where names in a file do not fit: the model is then random.
-    assert encoded.pooler_output[0, :4].tolist() == pytest.approx([-0.7617, -0.0691, -1.4465, -1.0092], abs=1e-3)
+    assert encoded.pooler_output[0, :4].tolist() == pytest.approx(
+        [-0.7617, -0.0691, -1.4465, -1.0092], abs=1e-3
+    )
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     predicted = pipe.unet(noise, 961, encoded.last_hidden_state).sample
     assert float((predicted - noise).norm() / noise.norm()) < 0.2
