@@ -111,12 +111,12 @@ def make_demo(
         for prompt, rest in ignored.items():
             say(f"note: {_short(prompt)!r} is longer than the text encoder reads; ignored: {rest!r}")
         report = _report(prompts, settings, runs, ignored)
-        grid_of(prompts, runs).image().save(folder / "grid.png", optimize=True)
+        _grid(prompts, runs).image().save(folder / "grid.png", optimize=True)
         plan = runs[QLIP].plan
         assert plan is not None  # its column has a recipe
         _bit_maps(prompts, plan, report).image().save(folder / "bits.png", optimize=True)
         plan.save(folder / "plan.safetensors")
-        (folder / "index.html").write_text(page(report), encoding="utf-8")
+        (folder / "index.html").write_text(_page(report), encoding="utf-8")
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -128,12 +128,14 @@ def run_columns(prompts: Sequence[str], settings: Settings) -> tuple[Runs, dict[
         The runs, and for each prompt that the text encoder does not read to its end, what it ignores.
     """
     recipes = {column: Recipe.load(column.recipe) for column in COLUMNS if column.recipe is not None}
-    pipe = placed(load_pipeline(recipes[BASE]), settings)
-    pipe.set_progress_bar_config(disable=True)
-    runs: Runs = {}
-    with _counted_calls(pipe.unet, len(COLUMNS) * settings.steps), _no_host_warnings():
-        for column in COLUMNS:
-            runs[column] = _run(pipe, recipes.get(column), recipes[BASE], prompts, settings)
+    with _quiet_hosts():
+        pipe = placed(load_pipeline(recipes[BASE]), settings)
+        pipe.set_progress_bar_config(disable=True)
+        with _counted_calls(pipe.unet, len(COLUMNS) * settings.steps):
+            runs = {
+                column: _run(pipe, recipes.get(column), recipes[BASE], prompts, settings)
+                for column in COLUMNS
+            }
     return runs, _ignored(pipe.tokenizer, prompts)
 
 
@@ -157,16 +159,22 @@ def _counted_calls(denoiser: Any, total: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_host_warnings() -> Iterator[None]:
-    """Diffusers would name a cut prompt's rest in every run; the demo says it once."""
-    from diffusers.utils import logging
+def _quiet_hosts() -> Iterator[None]:
+    """Without the hosts' bars, and without their warning of a cut prompt, which would come in every run."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = diffusers_logging.get_verbosity()
+    drawing = [host for host in (diffusers_logging, transformers_logging) if host.is_progress_bar_enabled()]
+    diffusers_logging.set_verbosity_error()
+    for host in drawing:
+        host.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        diffusers_logging.set_verbosity(verbosity)
+        for host in drawing:
+            host.enable_progress_bar()
 
 
 def _ignored(tokenizer: Any, prompts: Sequence[str]) -> dict[str, str]:
@@ -248,11 +256,11 @@ def _mean_facts(runs: Runs) -> dict[str, Any]:
     return facts
 
 
-def grid_of(prompts: Sequence[str], runs: Runs) -> PictureGrid:
+def _grid(prompts: Sequence[str], runs: Runs) -> PictureGrid:
     """The picture grid of the runs, not yet drawn."""
     return PictureGrid(
         headers=[(column.name, column.detail) for column in runs],
-        captions=[Caption(_shown(prompt), _notes(prompt)) for prompt in prompts],
+        captions=[_caption(prompt, runs[QLIP], index) for index, prompt in enumerate(prompts)],
         tiles=[[_tile(run, index) for run in runs.values()] for index in range(len(prompts))],
     )
 
@@ -263,8 +271,10 @@ def _tile(run: Run, index: int) -> Tile:
     return Tile(run.pictures[index], label, run.shares(index))
 
 
-def _notes(prompt: str) -> tuple[str, ...]:
-    return (KNOWN_PROMPTS[prompt],) if prompt in KNOWN_PROMPTS else ()
+def _caption(prompt: str, run: Run, index: int) -> Caption:
+    known = (KNOWN_PROMPTS[prompt],) if prompt in KNOWN_PROMPTS else ()
+    assert run.report is not None  # its column has a recipe
+    return Caption(_shown(prompt), (f"predicted quality {run.report.prompts[index].quality:.2f}", *known))
 
 
 def _bit_maps(prompts: Sequence[str], plan: BitPlan, report: dict[str, Any]) -> BitMaps:
@@ -284,7 +294,7 @@ def _short(prompt: str) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-_HEADINGS = ("", "quality", "FAB", "by MACs", "BitOPs (G)", "pixel error")
+_HEADINGS = ("", "quality", "FAB", "FAB by MACs", "BitOPs (G)", "pixel error")
 
 
 def _groups(report: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
@@ -308,10 +318,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def as_text(report: dict[str, Any]) -> str:
     """The table for a terminal."""
-    lines = ["{:16}{:>9}{:>7}{:>9}{:>12}{:>13}".format(*_HEADINGS)]
+    lines = ["{:16}{:>9}{:>7}{:>13}{:>12}{:>13}".format(*_HEADINGS)]
     for title, rows in _groups(report):
         lines.append(_short(title))
-        lines += ["  {:14}{:>9}{:>7}{:>9}{:>12}{:>13}".format(*cells) for cells in rows]
+        lines += ["  {:14}{:>9}{:>7}{:>13}{:>12}{:>13}".format(*cells) for cells in rows]
     lines.append(
         "quality is predicted; bits and BitOPs (profile `paper`) are simulated and counted, not measured;"
     )
@@ -319,7 +329,7 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(report: dict[str, Any]) -> str:
+def _page(report: dict[str, Any]) -> str:
     """The page that ties the folder together, as HTML without outside resources."""
     settings = report["settings"]
     template = Template(files(__package__).joinpath("demo_page.html").read_text(encoding="utf-8"))

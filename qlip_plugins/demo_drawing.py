@@ -116,7 +116,7 @@ class PictureGrid:
 
 def enlarged(picture: Image.Image, side: int) -> Image.Image:
     """The picture at `side` x `side`."""
-    return picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    return picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
 class BitMaps:
@@ -140,36 +140,37 @@ class BitMaps:
         self.cell_width = max(1, self.panel_width // len(plan.timesteps))
         self.map_size = (self.cell_width * len(plan.timesteps), self.cell_height * len(plan.layers))
 
+    def corner(self, prompt: int) -> tuple[int, int]:
+        """Left and top of a prompt's map."""
+        row, column = divmod(prompt, self.columns)
+        right, down = self._pitch()
+        return _MARGIN + self.label_width + column * right, 14 + self.title_height + row * down
+
     def image(self) -> Image.Image:
         """The maps as one RGB picture."""
+        right, down = self._pitch()
         across = min(self.columns, self.plan.prompts)
-        down = -(-self.plan.prompts // self.columns)
-        step_right, step_down = self._pitch()
-        width = _MARGIN + self.label_width + across * step_right - _GAP + _MARGIN
-        image = Image.new("RGB", (width, down * step_down + 44), "white")
+        width = self.corner(0)[0] + across * right - _GAP + _MARGIN
+        bottom = 14 + -(-self.plan.prompts // self.columns) * down
+        image = Image.new("RGB", (width, bottom + 30), "white")
         draw = ImageDraw.Draw(image)
-        for index in range(self.plan.prompts):
-            row, column = divmod(index, self.columns)
-            left, top = _MARGIN + self.label_width + column * step_right, row * step_down + 14
-            self._panel(image, draw, index, (left, top))
-            if column == 0:
-                self._layer_labels(draw, top + self.title_height)
-        bottom = down * step_down + 14
+        for prompt in range(self.plan.prompts):
+            left, top = self.corner(prompt)
+            self._title(draw, self.titles[prompt], (left, top - self.title_height))
+            self._map(image, draw, prompt, (left, top))
+            if prompt % self.columns == 0:
+                self._layer_labels(draw, top)
         draw.text((_MARGIN, bottom), "bits", GREY, _font(13))
-        widths = sorted(int(bits) for bits in self.plan.bits.unique())
-        draw_legend(draw, (_MARGIN + self.label_width, bottom), widths)
+        draw_legend(draw, (self.corner(0)[0], bottom), sorted(int(bits) for bits in self.plan.bits.unique()))
         return image
 
     def _pitch(self) -> tuple[int, int]:
-        """From one panel to the next: to the right, and down."""
+        """From one map to the next: to the right, and down."""
         width, height = self.map_size
         return max(width, self.panel_width) + _GAP, self.title_height + height + 34
 
-    def _panel(
-        self, image: Image.Image, draw: ImageDraw.ImageDraw, index: int, corner: tuple[int, int]
-    ) -> None:
+    def _title(self, draw: ImageDraw.ImageDraw, caption: Caption, corner: tuple[int, int]) -> None:
         left, top = corner
-        caption = self.titles[index]
         room = (self.title_height - 8 - 18 * len(caption.notes)) // 18
         for line in wrapped(caption.prompt, _font(14), self.panel_width, room):
             draw.text((left, top), line, INK, _font(14))
@@ -177,10 +178,14 @@ class BitMaps:
         for note in caption.notes:
             draw.text((left, top), note, GREY, _font(13))
             top += 18
-        top = corner[1] + self.title_height
-        cells = Image.fromarray(colours(self.plan.bits[index].T.numpy()))
-        image.paste(cells.resize(self.map_size, Image.Resampling.NEAREST), (left, top))
+
+    def _map(
+        self, image: Image.Image, draw: ImageDraw.ImageDraw, prompt: int, corner: tuple[int, int]
+    ) -> None:
+        left, top = corner
         width, height = self.map_size
+        cells = Image.fromarray(colours(self.plan.bits[prompt].T.numpy()))
+        image.paste(cells.resize(self.map_size, Image.Resampling.NEAREST), (left, top))
         for row, _ in self.labels[1:]:
             y = top + row * self.cell_height
             draw.line((left, y, left + width - 1, y), fill="white")
