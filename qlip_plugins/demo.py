@@ -66,15 +66,17 @@ class Run:
 
     Args:
         pictures: P of them, 64 x 64.
-        report: the cost; None in full precision, as the two that follow.
+        report: the cost; None in full precision, as all that follows.
         plan: P prompts.
         fingerprint: of the base.
+        description: the recipe's own.
     """
 
     pictures: list[Image.Image]
     report: Report | None = None
     plan: BitPlan | None = None
     fingerprint: str | None = None
+    description: str | None = None
 
     def shares(self, prompt: int) -> dict[int, float]:
         """Width -> share of the controlled layers and steps of one prompt."""
@@ -144,7 +146,9 @@ def _run(pipe: Any, recipe: Recipe | None, base: Recipe, prompts: Sequence[str],
         return Run(sample_model(pipe, base.model, prompts, settings, "pil"))
     with apply(pipe, recipe) as controller:
         pictures = sample_model(pipe, recipe.model, prompts, settings, "pil")
-        return Run(pictures, controller.report(), controller.plan, controller.state.fingerprint)
+        return Run(
+            pictures, controller.report(), controller.plan, controller.state.fingerprint, recipe.description
+        )
 
 
 @contextmanager
@@ -221,9 +225,9 @@ def _report(
 
 def _column_facts(column: Column, run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = {"recipe": column.recipe, "detail": column.detail}
-    if column.recipe is not None and run.report is not None:
+    if run.report is not None:
         facts |= {
-            "description": Recipe.load(column.recipe).description,
+            "description": run.description,
             "base_fingerprint": run.fingerprint,
             "controlled": run.report.controlled,
             "steps": run.report.steps,
@@ -297,6 +301,13 @@ def _short(prompt: str) -> str:
 _HEADINGS = ("", "quality", "FAB", "FAB by MACs", "BitOPs (G)", "pixel error")
 
 
+_REMARKS = (
+    "quality is predicted from the text; bits and BitOPs (profile `paper`) are simulated and counted, not measured;",
+    "pixel error is the mean squared difference to full precision, of one picture each: it illustrates, it proves "
+    "nothing",
+)
+
+
 def _groups(report: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """The table: for each prompt, then for their mean, a row of cells a column of the grid."""
     entries = [(_shown(entry["prompt"]), entry["columns"]) for entry in report["prompts"]]
@@ -322,11 +333,7 @@ def as_text(report: dict[str, Any]) -> str:
     for title, rows in _groups(report):
         lines.append(_short(title))
         lines += ["  {:14}{:>9}{:>7}{:>13}{:>12}{:>13}".format(*cells) for cells in rows]
-    lines.append(
-        "quality is predicted; bits and BitOPs (profile `paper`) are simulated and counted, not measured;"
-    )
-    lines.append("pixel error is that of one picture: it shows, it does not prove")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_REMARKS])
 
 
 def _page(report: dict[str, Any]) -> str:

@@ -159,6 +159,10 @@ def test_again_as_text_and_with_one_bar(
     assert {path.name for path in out.iterdir()} == FILES
     report = json.loads((out / "report.json").read_text())
     text = capsys.readouterr().out
+    for name, mean in report["mean"].items():
+        rows = [entry["columns"][name] for entry in report["prompts"]]
+        assert mean["pixel_error"] == pytest.approx(sum(row["pixel_error"] for row in rows) / 2)
+        assert mean["fab"] == pytest.approx(sum(row["fab"] for row in rows) / 2)
     for entry in (*(entry["columns"] for entry in report["prompts"]), report["mean"]):
         for name, row in entry.items():
             cells = [
