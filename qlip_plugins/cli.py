@@ -72,6 +72,21 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print JSON")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
+    demo = verbs.add_parser(
+        "demo", parents=[common], help="show it on the embedded model: pictures and a page"
+    )
+    demo.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be given repeatedly (default: four of our own)"
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-out"),
+        help="folder to write (default demo-out); an earlier demo is replaced",
+    )
+    _add_sampler(demo, guidance=3.0)
+    demo.set_defaults(run=_demo, dtype="float32")
+
     inspect = verbs.add_parser(
         "inspect", parents=[common], help="say what a checkpoint is, and how to load it"
     )
@@ -177,10 +192,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
 
-def _add_sampler(parser: argparse.ArgumentParser) -> None:
+def _add_sampler(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None:
     parser.add_argument("--steps", type=_steps, default=25, help="inference steps (default 25)")
     parser.add_argument(
-        "--guidance", type=_scale, default=7.5, metavar="SCALE", help="1 or less: none (default 7.5)"
+        "--guidance",
+        type=_scale,
+        default=guidance,
+        metavar="SCALE",
+        help=f"1 or less: none (default {guidance:g})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
@@ -290,6 +309,15 @@ def _recipe_show(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
     recipe = Recipe.from_yaml(path)
     _print(recipe.model_dump(mode="json"), path.read_text(encoding="utf-8").rstrip(), options.json)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import KNOWN_PROMPTS, as_text, make_demo
+
+    report = make_demo(options.prompt or list(KNOWN_PROMPTS), _settings(options), options.out, _say)
+    _print(report, as_text(report), options.json)
+    _say(f"wrote {options.out}/; open {options.out / 'index.html'}")
     return 0
 
 

@@ -210,6 +210,11 @@ def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Pa
     return report
 
 
+def versions() -> dict[str, str]:
+    """The versions of this package and of the hosts, for reports."""
+    return {name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers", "transformers")}
+
+
 def fit_recipe_ranges(recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Ranges:
     """Fit ranges for a recipe's menu while its base, at base width, generates `prompts`."""
     pipe = placed(load_pipeline(recipe), settings)
@@ -238,9 +243,7 @@ def _report(
         "description": recipe.description,
         "recipe": recipe.model_dump(mode="json"),
         "base_fingerprint": controller.state.fingerprint,
-        "versions": {
-            name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers", "transformers")
-        },
+        "versions": versions(),
         "settings": asdict(settings),
         "prompts": [
             {"prompt": prompt, "noise_seed": seed, **cost}

@@ -143,7 +143,7 @@ class _Drawing:
 
     def image(self) -> Image.Image:
         layers, steps = self.bits.shape
-        labels = _block_labels(self.plan.layers)
+        labels = block_labels(self.plan.layers)
         left = self.margin + 7 * max((len(label) for _, label in labels), default=0) + 8
         top = self.margin + 3 * self.line
         width = left + max(steps * self.cell_width, 330) + self.margin
@@ -152,7 +152,7 @@ class _Drawing:
         draw = ImageDraw.Draw(image)
         draw.text((self.margin, self.margin // 2), self.title, fill="black")
         self._legend(draw, left, self.margin // 2 + self.line)
-        grid = Image.fromarray(_colours(self.bits)).resize(
+        grid = Image.fromarray(colours(self.bits)).resize(
             (steps * self.cell_width, layers * self.cell_height), Image.Resampling.NEAREST
         )
         image.paste(grid, (left, top))
@@ -173,7 +173,7 @@ class _Drawing:
     def _legend(self, draw: ImageDraw.ImageDraw, left: int, y: int) -> None:
         x = left
         for bits in sorted(set(self.bits.flatten().tolist())):
-            colour = tuple(int(c) for c in _colours(np.array([[bits]], dtype=np.uint8))[0, 0])
+            colour = tuple(int(c) for c in colours(np.array([[bits]], dtype=np.uint8))[0, 0])
             draw.rectangle([x, y + 1, x + 10, y + 11], fill=colour)
             share = float((self.bits == bits).mean())
             text = f"{bits} bits {share:.0%}"
@@ -181,18 +181,20 @@ class _Drawing:
             x += 14 + 7 * len(text) + 8
 
 
-def _colours(bits: np.ndarray) -> np.ndarray:
-    """Widths `(R, C)` as RGB `(R, C, 3)`: pale yellow for few bits to dark violet for 32."""
-    stops = np.array([[254, 240, 180], [250, 190, 90], [214, 80, 90], [60, 20, 80]], dtype=np.float64)
-    # By the logarithm, so that 8, 16 and 32 are as far apart as they are in cost ratios.
-    position = (np.log2(bits.astype(np.float64)) - 1) / 4 * (len(stops) - 1)
+def colours(bits: np.ndarray) -> np.ndarray:
+    """Widths `(R, C)` as RGB `(R, C, 3)`: from near white for 2 bits over yellow and red to dark violet for 32."""
+    # A stop for each doubling, so that 4, 6 and 8 can be told apart as well as 8, 16 and 32.
+    stops = np.array(
+        [[255, 250, 225], [254, 222, 128], [224, 72, 82], [134, 38, 128], [38, 14, 76]], dtype=np.float64
+    )
+    position = np.log2(bits.astype(np.float64)) - 1
     below = np.clip(position.astype(int), 0, len(stops) - 2)
     part = (position - below)[..., None]
     mixed: np.ndarray = stops[below] * (1 - part) + stops[below + 1] * part
     return mixed.astype(np.uint8)
 
 
-def _block_labels(layers: tuple[str, ...]) -> list[tuple[int, str]]:
+def block_labels(layers: tuple[str, ...]) -> list[tuple[int, str]]:
     """The first row of each block and that block's name."""
     labels: list[tuple[int, str]] = []
     for row, name in enumerate(layers):
