@@ -313,6 +313,8 @@ def _recipe_show(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    # Read as torch is loaded. Threads that spin while they wait take minutes where other work runs beside.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .demo import KNOWN_PROMPTS, as_text, make_demo
 
     report = make_demo(options.prompt or list(KNOWN_PROMPTS), _settings(options), options.out, _say)
