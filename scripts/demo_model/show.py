@@ -456,7 +456,8 @@ def probe_table(result: Mapping[str, Any]) -> Iterator[str]:
             for kind in ("subgroup", "concept")
             for top in ("top_1", "top_5")
         ]
-        yield f"| {name} | {row.get('pictures', '')} | {' | '.join(cells)} |"
+        kind = name.replace("unknown", KINDS["unseen"]).replace("known", KINDS["seen"])
+        yield f"| {kind} | {row.get('pictures', '')} | {' | '.join(cells)} |"
 
 
 def error_table(result: Mapping[str, Any]) -> Iterator[str]:
