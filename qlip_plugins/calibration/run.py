@@ -262,7 +262,7 @@ def _model_errors(
     device = next(denoiser.parameters()).device
     calls = list(inputs.calls(batch, device))
     exact = [denoiser(**call)[0] for call in calls]
-    states = {"weights rounded to nearest": _to_nearest(state), "weights": state}
+    states = {"weights rounded to nearest": to_nearest(state), "weights": state}
     states |= {
         f"weights, activations at {bits} bits": state.with_activations(found) for bits, found in grids.items()
     }
@@ -282,8 +282,8 @@ def _relative(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     return difference / max(sum(float(target.double().square().sum()) for _, target in pairs), 1e-30)
 
 
-def _to_nearest(state: CalibratedState) -> CalibratedState:
-    """The same grids with every weight rounded to nearest."""
+def to_nearest(state: CalibratedState) -> CalibratedState:
+    """The same grids with every weight rounded to nearest; needs the float weights in the state."""
     layers = {}
     for name, layer in state.layers.items():
         pieces = state.float_parameters[f"{name}.weight"].split([p.codes.shape[1] for p in layer.weight], 1)

@@ -18,7 +18,7 @@ import random
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from torch.nn import functional as F
 from common import Data
 from make_qlip import GUIDANCE, STEPS, read_json, split_rows, write_json
 from qlip_plugins.adapter import load_backend, load_base_quantizer
+from qlip_plugins.calibration.run import to_nearest
 from qlip_plugins.controller import apply
 from qlip_plugins.generation import Settings, load_pipeline, sample
 from qlip_plugins.labels import Labels
 from qlip_plugins.metrics import mean_cost
 from qlip_plugins.recipe import QlipController, Recipe, StaticController
-from qlip_plugins.state import CalibratedLayer, CalibratedState
+from qlip_plugins.state import CalibratedState
 from qlip_plugins.text_to_bits import TextToBits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,7 +273,9 @@ def settings_of(pipe: Any) -> Mapping[str, Any]:
     w4a8, w4a16 = Recipe.load("demo-w4a8"), Recipe.load("demo-w4a16")
     static = {f"W4 A{bits}": with_bits(w4a8, bits) for bits in (6, 4)}
     return {
-        "W4 round-to-nearest, A32": installed(pipe, nearest(pipe, weights_only(w4a8))),
+        "W4 round-to-nearest, A32": installed(
+            pipe, to_nearest(weights_only(w4a8).with_float_weights(pipe.unet))
+        ),
         "W4 calibrated, A32": installed(pipe, weights_only(w4a8)),
         "W4 A16": applied(pipe, w4a16),
         "W4 A8": applied(pipe, w4a8),
@@ -308,20 +311,6 @@ def weights_only(recipe: Recipe) -> CalibratedState:
     """A recipe's base with activations in floating point."""
     config = recipe.base.model_copy(update={"activation_bits": None})
     return load_base_quantizer(config.adapter).load(config)
-
-
-def nearest(pipe: Any, state: CalibratedState) -> CalibratedState:
-    """The same grids with every weight rounded to the nearest code."""
-    layers = {}
-    for name, layer in state.layers.items():
-        weight = pipe.unet.get_submodule(name).weight.detach()
-        pieces = weight.split([part.codes.shape[1] for part in layer.weight], dim=1)
-        parts = []
-        for piece, part in zip(pieces, layer.weight, strict=True):
-            codes = ((piece / part.scale).round() + part.zero_point).clamp(0, 2**part.bits - 1)
-            parts.append(replace(part, codes=codes.to(part.codes.dtype)))
-        layers[name] = CalibratedLayer(tuple(parts), layer.inputs)
-    return replace(state, layers=layers)
 
 
 def plot_errors(table: Mapping[str, Any]) -> None:
