@@ -35,16 +35,23 @@ _LDM_CONFIG: dict[str, Any] = {
     "class_embed_type": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
     "dual_cross_attention": False,
     "encoder_hid_dim": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
     "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
     "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
     "time_embedding_type": "positional",
+    "timestep_post_act": None,
 }
 # Those that LDM has once, while diffusers takes one for each level.
 _ALIKE = ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
@@ -99,6 +106,8 @@ def write(state: CalibratedState, folder: Path) -> Path:
     tensors = _tensors(state, names)
     record = _record(state)
     _check_folder(folder)
+    # An interrupted run leaves a record without a checkpoint, never one beside another run's.
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     with written_whole(folder / RECORD) as temporary:
         temporary.write_text(dump(record), encoding="utf-8")
     # Through a handle: torch would put the temporary file's name into the file.

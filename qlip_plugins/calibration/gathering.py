@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from .inputs import DenoiserInputs
 
-_EVALUATED = 4
-"""Training batches in a batch where no gradients are kept: about as much memory, and fewer calls."""
-
 _DEVICE_SHARE = 0.25
 """Part of the free device memory that a unit's samples may take; beyond, they stay on the CPU."""
 
@@ -55,9 +52,8 @@ class UnitSamples:
 
     def batches(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
         """Every sample once, in order, in batches for evaluation."""
-        size = self.batch * _EVALUATED
-        for start in range(0, len(self), size):
-            yield self.pick(slice(start, start + size))
+        for start in range(0, len(self), self.batch):
+            yield self.pick(slice(start, start + self.batch))
 
     def some(self, count: int) -> Tensor:
         """Rows of up to `count` samples, evenly apart."""
@@ -110,7 +106,7 @@ def gather(
     tensors: dict[int | str, list[Tensor]] = {}
     constants: dict[int | str, Any] = {}
     targets: list[Tensor] = []
-    for call in inputs.calls(batch * _EVALUATED, device):
+    for call in inputs.calls(batch, device):
         target = _output(name, denoiser, call)
         arguments = _arguments(name, quantized, call)
         found = [value for value in arguments.values() if isinstance(value, Tensor)]

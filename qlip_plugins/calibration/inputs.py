@@ -138,7 +138,7 @@ class _Catcher:
         chosen = [
             row
             for row in range(len(found["sample"]))
-            if (self._call + self._first + row % self._here) % every == 0
+            if (self._call + place(self._first + row % self._here, self._prompts, every)) % every == 0
         ]
         self._call += 1
         if chosen:
@@ -148,7 +148,7 @@ class _Catcher:
 def stride(calls: int, prompts: int, wanted: int) -> int:
     """The least k for which every k-th of `calls` calls, `prompts` times, is at most `wanted` calls.
 
-    Prompt p starts at the call c for which c + p is a multiple of k.
+    Prompt p takes the calls c for which c + `place` is a multiple of k.
     """
     every = max(1, math.ceil(calls * prompts / wanted))
     while _taken(calls, prompts, every) > wanted:
@@ -156,8 +156,14 @@ def stride(calls: int, prompts: int, wanted: int) -> int:
     return every
 
 
+def place(prompt: int, prompts: int, every: int) -> int:
+    """Where among `every` calls a prompt starts: one after the other, or, with fewer prompts, evenly apart."""
+    return prompt if prompts >= every else prompt * every // prompts
+
+
 def _taken(calls: int, prompts: int, every: int) -> int:
-    return sum(len(range(-place % every, calls, every)) for place in range(prompts))
+    starts = (-place(prompt, prompts, every) % every for prompt in range(prompts))
+    return sum(len(range(start, calls, every)) for start in starts)
 
 
 def _rows_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:

@@ -318,14 +318,22 @@ def _identity(
 ) -> dict[str, Any]:
     """All that a result depends on."""
     digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
-    for name, tensor in pipe.unet.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(json.dumps(dict(pipe.unet.config), sort_keys=True, default=str).encode())
+    for module in filter(None, (pipe.unet, getattr(pipe, "text_encoder", None))):
+        for name, tensor in module.state_dict().items():
+            raw = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            digest.update(name.encode() + raw.tobytes())
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is not None:
+        digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     table = model.prompt_embeddings
     return {
         "pipeline": digest.hexdigest(),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "prompt_embeddings": table and hashlib.sha256(table.read_bytes()).hexdigest(),
-        "versions": {name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers")},
+        "versions": {
+            name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers", "transformers")
+        },
         **_described(settings),
     }
 

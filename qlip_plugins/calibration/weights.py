@@ -25,7 +25,7 @@ _TRAVEL = 20.0
 
 _MAX_RATE = 0.1
 _PULL = 300.0
-"""Weight of the mean rounding regulariser against the relative error; 100 to 10,000 gave the same error."""
+"""Weight of the mean rounding regulariser against the relative error: decides every rounding in time."""
 
 _WARM_UP = 0.2
 _BETA = (20.0, 2.0)

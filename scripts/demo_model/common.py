@@ -118,6 +118,20 @@ class Average:
             value.copy_(current)
 
 
+class Timer:
+    """Says once a minute that it is time to save."""
+
+    def __init__(self, every: float = 60) -> None:
+        self._every, self._last = every, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether a minute has passed since it was last due."""
+        if time.monotonic() - self._last < self._every:
+            return False
+        self._last = time.monotonic()
+        return True
+
+
 class Log:
     """Lines of JSON, on the terminal and in a file."""
 

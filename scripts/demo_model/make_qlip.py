@@ -5,9 +5,10 @@ r"""From the trained demo pipeline to its QLIP: prompts, labels, T2Q, ranges, Q2
     python scripts/demo_model/make_qlip.py labels build/qlip --device cuda
     python scripts/demo_model/make_qlip.py t2q build/qlip
     qlip-plugins calibrate recipes/qlip_demo/pipeline --prompts build/qlip/calibration.txt --guidance 3 \
-        --activation-bits 8 16 --out recipes/qlip_demo/base
-    python scripts/demo_model/make_qlip.py ranges build/qlip demo-w4a8
-    python scripts/demo_model/make_qlip.py q2b build/qlip demo-qlip-468 --bit-weight 4e-3
+        --activation-bits 8 16 --iterations 800 --activation-iterations 300 --out recipes/qlip_demo/base
+    python scripts/demo_model/make_qlip.py ranges build/qlip demo-w4a8    # and demo-w4a16
+    python scripts/demo_model/make_qlip.py q2b build/qlip demo-qlip-468 --bit-weight 4e-3 --trajectories 20
+    python scripts/demo_model/make_qlip.py q2b build/qlip demo-qlip-81632 --bit-weight 2e-5 --trajectories 20
 
 `ranges` and `q2b` write into recipes/qlip_demo, what the recipes name.
 """

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from qlip_plugins.adapter import load_backend, load_base_quantizer
 from qlip_plugins.calibration.run import to_nearest
 from qlip_plugins.controller import apply
 from qlip_plugins.generation import Settings, load_pipeline, sample
-from qlip_plugins.labels import Labels
+from qlip_plugins.labels import Labels, spearman
 from qlip_plugins.metrics import mean_cost
 from qlip_plugins.recipe import QlipController, Recipe, StaticController
 from qlip_plugins.state import CalibratedState
@@ -334,6 +335,7 @@ def fab(options: argparse.Namespace) -> None:
     """FAB and predicted quality by caption level, trained and held-out concepts, on prompts T2Q did not see."""
     made = Labels.load(LOGS / "labels.safetensors")
     _, held = split_rows(made)
+    concepts = [made.tags["concept"][row] for row in held]
     result: dict[str, Any] = {"prompts": len(held), "t2q": read_json(LOGS / "t2q.json")}
     targets = made.targets
     for recipe in (Recipe.load("demo-qlip-468"), Recipe.load("demo-qlip-81632")):
@@ -342,12 +344,13 @@ def fab(options: argparse.Namespace) -> None:
         plan = controller.plan(made.embeddings[held], controller.config.timesteps)
         assert plan.quality is not None
         values, quality = torch.tensor(plan.fab()), torch.tensor(plan.quality)
-        rows: dict[str, Any] = {"all": summary(values, quality, targets[held])}
+        result["prediction"] = agreement(quality, targets[held], concepts)
+        rows: dict[str, Any] = {"all": summary(values, quality, targets[held], concepts)}
         for tag in ("seen", "level"):
             for value in sorted(set(made.tags[tag])):
                 chosen = torch.tensor([made.tags[tag][row] == value for row in held])
                 rows[KINDS.get(value, f"level {value}")] = summary(
-                    values[chosen], quality[chosen], targets[held][chosen]
+                    values[chosen], quality[chosen], targets[held][chosen], picked(concepts, chosen)
                 )
         for concept in ("seen", "unseen"):
             for level in "12345":
@@ -355,25 +358,62 @@ def fab(options: argparse.Namespace) -> None:
                     [made.tags["seen"][row] == concept and made.tags["level"][row] == level for row in held]
                 )
                 rows[f"{KINDS[concept]}, level {level}"] = summary(
-                    values[chosen], quality[chosen], targets[held][chosen]
+                    values[chosen], quality[chosen], targets[held][chosen], picked(concepts, chosen)
                 )
         result[str(recipe.activation_bits.widths)] = rows
     write_json(OUT / "fab.json", result)
     print(json.dumps(result, indent=1))
 
 
-def summary(values: Tensor, quality: Tensor, targets: Tensor) -> dict[str, float]:
-    """Means, their standard errors, and the range of FAB."""
-    n = len(values)
+def picked(values: Sequence[str], chosen: Tensor) -> list[str]:
+    """The values that are chosen."""
+    return [value for value, wanted in zip(values, chosen.tolist(), strict=True) if wanted]
+
+
+def grouped(concepts: Sequence[str]) -> list[list[int]]:
+    """The rows of each concept: its captions are too alike to count as independent."""
+    groups: dict[str, list[int]] = {}
+    for row, concept in enumerate(concepts):
+        groups.setdefault(concept, []).append(row)
+    return list(groups.values())
+
+
+def by_concept(values: Tensor, concepts: Sequence[str]) -> Tensor:
+    """The mean of each concept."""
+    return torch.stack([values[rows].mean() for rows in grouped(concepts)])
+
+
+def summary(values: Tensor, quality: Tensor, targets: Tensor, concepts: Sequence[str]) -> dict[str, float]:
+    """Means, their standard errors over concepts, and the range of FAB."""
+    bits, labels = by_concept(values, concepts), by_concept(targets, concepts)
     return {
-        "prompts": n,
+        "prompts": len(values),
+        "concepts": len(bits),
         "fab": round(float(values.mean()), 3),
-        "fab_standard_error": round(float(values.std() / n**0.5), 3),
+        "fab_standard_error": round(float(bits.std() / len(bits) ** 0.5), 3),
         "fab_least": round(float(values.min()), 3),
         "fab_most": round(float(values.max()), 3),
         "predicted_quality": round(float(quality.mean()), 3),
         "label": round(float(targets.mean()), 3),
-        "label_standard_error": round(float(targets.std() / n**0.5), 3),
+        "label_standard_error": round(float(labels.std() / len(labels) ** 0.5), 3),
+    }
+
+
+def agreement(predicted: Tensor, targets: Tensor, concepts: Sequence[str]) -> dict[str, Any]:
+    """Rank correlation over prompts, between concepts and within them, and its interval over concepts."""
+    members = grouped(concepts)
+    within = [spearman(predicted[rows], targets[rows]) for rows in members]
+    known = [value for value in within if not math.isnan(value)]
+    draw, found = random.Random(0), []
+    for _ in range(1000):
+        rows = [row for group in draw.choices(members, k=len(members)) for row in group]
+        found.append(spearman(predicted[rows], targets[rows]))
+    found.sort()
+    return {
+        "srocc": spearman(predicted, targets),
+        "interval_95": [found[25], found[974]],
+        "between_concepts": spearman(by_concept(predicted, concepts), by_concept(targets, concepts)),
+        "within_concepts": sum(known) / len(known),
     }
 
 

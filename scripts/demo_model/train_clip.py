@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architecture import JOINT, TEXT_WIDTH, ImageTower, encode_text, text_encoder
-from common import LEVELS, Average, Clock, Data, Log, half, jitter, random_captions
+from common import LEVELS, Average, Clock, Data, Log, Timer, half, jitter, random_captions
 
 STYLED = 2
 """From this level (0 .. 4) on a caption names the drawing style."""
@@ -117,7 +117,7 @@ def main() -> None:
         betas=(0.9, 0.98),
         fused=device.type == "cuda",
     )
-    clock, step = Clock(options.seconds), 0
+    clock, timer, step = Clock(options.seconds), Timer(), 0
     while clock.part < 1:
         rate = clock.learning_rate(options.rate, step)
         for group in optimiser.param_groups:
@@ -137,6 +137,8 @@ def main() -> None:
         if step % 200 == 0:
             found = retrieval(model, data, checked)
             log(step=step, seconds=clock.elapsed, loss=float(loss.detach()), rate=rate, unknown=found)
+        if timer.due():
+            save(average.values, options.out)
         step += 1
     model.load_state_dict(average.values)
     log(
@@ -149,10 +151,17 @@ def main() -> None:
         unknown=retrieval(model, data, checked),
         held_out=retrieval(model, data, data.held_out),
     )
-    save_file(half(model.text.state_dict()), options.out / "text_encoder.safetensors")
-    joint = {f"image.{name}": tensor for name, tensor in model.image.state_dict().items()}
-    joint |= {"text_projection.weight": model.text_projection.weight, "log_scale": model.log_scale}
-    save_file(half(joint), options.out / "image_tower.safetensors")
+    save(average.values, options.out)
+
+
+def save(state: dict[str, Tensor], folder: Path) -> None:
+    """Both towers as float16, each file whole or not at all."""
+    text = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
+    rest = {name: value for name, value in state.items() if not name.startswith("text.")}
+    for name, part in (("text_encoder", text), ("image_tower", rest)):
+        temporary = folder / f".{name}.part"
+        save_file(half(part), temporary)
+        temporary.replace(folder / f"{name}.safetensors")
 
 
 if __name__ == "__main__":

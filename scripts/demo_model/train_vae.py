@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architecture import autoencoder
-from common import Average, Clock, Data, Log, half, jitter
+from common import Average, Clock, Data, Log, Timer, half, jitter, save_parts
 
 KL_WEIGHT = 2e-6
 
@@ -75,7 +75,7 @@ def main() -> None:
     model: Any = autoencoder().to(device)
     average = Average(model, 0.999)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=device.type == "cuda")
-    clock, step = Clock(options.seconds), 0
+    clock, timer, step = Clock(options.seconds), Timer(), 0
     while clock.part < 1:
         for group in optimiser.param_groups:
             group["lr"] = clock.learning_rate(1e-3, step)
@@ -93,6 +93,8 @@ def main() -> None:
         average.update()
         if step % 200 == 0:
             log(step=step, seconds=clock.elapsed, loss=float(loss.detach()))
+        if timer.due():  # not whitened: a run that is cut off has to be whitened before use
+            save_parts(half(average.values), options.out, "vae-unfinished")
         step += 1
     model.load_state_dict(average.values)
     before = psnr(model, data, data.held_out)

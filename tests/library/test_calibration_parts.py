@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from golden_model import GoldenModel
 from qlip_plugins.calibration.activations import ActStep, UnitActivations, learn_steps, start_grids
 from qlip_plugins.calibration.gathering import UnitSamples
 from qlip_plugins.calibration.grid_search import range_grid, search_grid
-from qlip_plugins.calibration.inputs import DenoiserInputs, collect, stride
+from qlip_plugins.calibration.inputs import DenoiserInputs, collect, place, stride
 from qlip_plugins.calibration.settings import CalibrationSettings
 from qlip_plugins.calibration.units import LayerSpec, Unit, find_units, shortcut_splits
 from qlip_plugins.calibration.weights import (
@@ -198,10 +199,10 @@ def noise(count: int = 40) -> UnitSamples:
 
 
 def test_running_extremes() -> None:
-    """An exponential mean over batches, as Q-Diffusion's `--running_stat`; batches of evaluation are of eight."""
+    """An exponential mean over batches, as Q-Diffusion's `--running_stat`; here of two."""
     samples = noise()
     low = high = None
-    for batch in samples.tensors[0].split(8):
+    for batch in samples.tensors[0].split(2):
         low = batch.min() if low is None else 0.95 * low + 0.05 * batch.min()
         high = batch.max() if high is None else 0.95 * high + 0.05 * batch.max()
     assert low is not None
@@ -322,14 +323,21 @@ def test_other_denoisers_are_refused() -> None:
 # Inputs
 
 
-@pytest.mark.parametrize(("calls", "prompts", "wanted"), [(11, 28, 64), (25, 10, 250), (5, 3, 4), (50, 1, 7)])
+@pytest.mark.parametrize(
+    ("calls", "prompts", "wanted"),
+    [(11, 28, 64), (25, 10, 250), (5, 3, 4), (50, 1, 7), (50, 12, 32), (50, 32, 32)],
+)
 def test_every_timestep_is_met_equally_often(calls: int, prompts: int, wanted: int) -> None:
     every = stride(calls, prompts, wanted)
-    taken = [call for p in range(prompts) for call in range(calls) if (call + p) % every == 0]
+    places = [place(prompt, prompts, every) for prompt in range(prompts)]
+    taken = [call for p in places for call in range(calls) if (call + p) % every == 0]
     assert len(taken) <= wanted
     assert every == 1 or len(taken) > wanted / 3
     counts = [taken.count(call) for call in range(calls)]
     assert max(counts) - min(counts) <= 1
+    covered = sorted(set(taken))
+    gaps = [late - early for early, late in pairwise([-1, *covered, calls])]
+    assert max(gaps) <= -(-every // prompts) + 1  # no part of the trajectory is left out
 
 
 def collected(rows: int, batch: int, prompts: list[str] = PROMPTS, guidance: float = 3.0) -> DenoiserInputs:
