@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,23 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
     if not isinstance(facts, dict) or facts.get("format") != kind:
         found = facts.get("format") if isinstance(facts, dict) else facts
         raise ArtefactError(f"{path}: expected a file of {kind!r}, found {found!r}")
-    if not isinstance(facts.get("version"), int) or facts["version"] > version:
-        raise ArtefactError(
-            f"{path}: written as version {facts.get('version')}, this package reads up to {version}: upgrade it"
-        )
+    check_version(path, facts, version)
     return tensors, facts
+
+
+def check_version(path: Path, facts: Mapping[str, Any], newest: int) -> None:
+    """Check that a description's `version` is one that this package reads, up to `newest`.
+
+    Raises:
+        ArtefactError: it is newer, or no number.
+    """
+    found = facts.get("version")
+    if not isinstance(found, int) or found > newest:
+        raise ArtefactError(
+            f"{path}: written as version {found}, this package reads up to {newest}: upgrade it"
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package and of the hosts, for what is written down about a result."""
+    return {name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers", "transformers")}

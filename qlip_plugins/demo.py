@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .artefacts import versions
 from .controller import Report, apply
 from .demo_drawing import BitMaps, Caption, PictureGrid, Tile
 from .files import folder_written_whole
-from .generation import Settings, load_pipeline, noise_seeds, placed, sample_model, versions
+from .generation import Settings, load_pipeline, noise_seeds, placed, sample_model
 from .metrics import Cost
 from .plan import BitPlan
 from .progress import counted

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .artefacts import versions
 from .controller import BitController, apply
 from .embeddings import PromptEmbeddings
 from .errors import INSTALL_HINT, ArtefactError, HostError, IncompatibleModelError
@@ -208,11 +208,6 @@ def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Pa
         (folder / "report.txt").write_text(f"{controller.report()}\n", encoding="utf-8")
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
-
-
-def versions() -> dict[str, str]:
-    """The versions of this package and of the hosts, for reports."""
-    return {name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers", "transformers")}
 
 
 def fit_recipe_ranges(recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Ranges:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -18,7 +17,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from .artefacts import read_tensors, write_tensors
+from .artefacts import check_version, read_tensors, versions, write_tensors
 from .checkpoint import check_finite
 from .errors import ArtefactError, ForeignFormatError, IncompatibleModelError
 from .files import check_replaceable, folder_written_whole
@@ -114,7 +113,7 @@ def write_packed(
         pipeline=weights.source,
         origin=origin,
         settings=dict(report.get("settings", {})),
-        versions={name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers")},
+        versions=versions(),
     )
     with folder_written_whole(folder, FORMAT, CONFIG, *_OWNED) as temporary:
         _write_weights(temporary / WEIGHTS, weights)
@@ -178,10 +177,7 @@ def read_config(folder: Path) -> PackedConfig:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else data
         raise ForeignFormatError(f"{path}: expected a folder of {FORMAT!r}, found {found!r}")
-    if not isinstance(data.get("version"), int) or data["version"] > VERSION:
-        raise ArtefactError(
-            f"{path}: written as version {data.get('version')}, this package reads up to {VERSION}: upgrade it"
-        )
+    check_version(path, data, VERSION)
     try:
         return PackedConfig.model_validate(data)
     except ValidationError as error:

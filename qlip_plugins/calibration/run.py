@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import load_backend
+from ..artefacts import versions
 from ..embeddings import PromptEmbeddings
 from ..errors import RecipeError
 from ..grids import ActGrid
@@ -331,9 +331,7 @@ def _identity(
         "pipeline": digest.hexdigest(),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "prompt_embeddings": table and hashlib.sha256(table.read_bytes()).hexdigest(),
-        "versions": {
-            name: metadata.version(name) for name in ("qlip-plugins", "torch", "diffusers", "transformers")
-        },
+        "versions": versions(),
         **_described(settings),
     }
 

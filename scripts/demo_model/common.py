@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -116,6 +117,19 @@ class Average:
         torch._foreach_lerp_(*self._pairs, weight)
         for value, current in self._others:
             value.copy_(current)
+
+
+def training_options(seconds: float, batch: int) -> argparse.ArgumentParser:
+    """The options of every training script."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=seconds)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=batch, help="over all processes")
+    parser.add_argument("--pictures", type=int, help="use the first so many only (for trials)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 class Timer:

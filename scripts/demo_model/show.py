@@ -144,7 +144,8 @@ def probe(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "classes": {"concept": len(data.concept[data.train].unique()), "subgroup": len(subgroups)},
         "real held-out pictures": {
-            "subgroup": accuracy(real[data.held_out] @ fits["subgroup"], subgroup[data.held_out])
+            "pictures": len(data.held_out),
+            "subgroup": accuracy(real[data.held_out] @ fits["subgroup"], subgroup[data.held_out]),
         },
     }
     first = {int(data.concept[row]): int(row) for row in reversed(range(len(data.facts)))}
@@ -228,7 +229,7 @@ def errors(options: argparse.Namespace) -> None:
     parts = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
     exact = [Trajectory(pipe, part, settings) for part in parts]
     table: dict[str, Any] = {"prompts": prompts, "settings": vars(settings)}
-    for name, setting in settings_of(pipe).items():
+    for name, setting in table_rows(pipe).items():
         with setting as controller:
             table[name] = compare(pipe, exact, controller)
         print(name, {key: value for key, value in table[name].items() if key != "by_step"}, flush=True)
@@ -269,7 +270,7 @@ def guided(prediction: Tensor) -> Tensor:
     return empty + GUIDANCE * (prompt - empty)
 
 
-def settings_of(pipe: Any) -> Mapping[str, Any]:
+def table_rows(pipe: Any) -> Mapping[str, Any]:
     """Each row of the table as a context in which the pipeline runs under it."""
     w4a8, w4a16 = Recipe.load("demo-w4a8"), Recipe.load("demo-w4a16")
     static = {f"W4 A{bits}": with_bits(w4a8, bits) for bits in (6, 4)}

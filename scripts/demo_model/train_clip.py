@@ -7,7 +7,6 @@ Writes OUT/text_encoder.safetensors, OUT/image_tower.safetensors and OUT/clip.js
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architecture import JOINT, TEXT_WIDTH, ImageTower, encode_text, text_encoder
-from common import LEVELS, Average, Clock, Data, Log, Timer, half, jitter, random_captions
+from common import LEVELS, Average, Clock, Data, Log, Timer, half, jitter, random_captions, training_options
 
 STYLED = 2
 """From this level (0 .. 4) on a caption names the drawing style."""
@@ -90,18 +89,11 @@ def retrieval(model: Clip, data: Data, rows: Tensor) -> dict[str, float]:
 
 def main() -> None:
     """Train until the seconds are used up."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=110)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, default=1024)
+    parser = training_options(seconds=110, batch=1024)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--words-lost", type=float, default=0.15)
     parser.add_argument("--text-dropout", type=float, default=0.1)
     parser.add_argument("--recolour", type=float, default=0.1)
-    parser.add_argument("--pictures", type=int, help="use the first so many only (for trials)")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     device = torch.device(options.device)

@@ -1,6 +1,6 @@
 """Train the denoiser on latents, the text encoder frozen; one process or several (torchrun).
 
-    torchrun --nproc-per-node 2 scripts/demo_model/train_unet.py build/demo PARTS OUT --seconds 520
+    torchrun --nproc-per-node 2 scripts/demo_model/train_unet.py build/demo OUT PARTS --seconds 520
 
 PARTS holds what train_clip.py and train_vae.py wrote. Writes OUT/unet-N.safetensors, the moving average
 rounded to float16, every minute and at the end, and OUT/unet.jsonl. `--init FOLDER` goes on from such files.
@@ -21,7 +21,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from architecture import NOISE_STEPS, autoencoder, encode_text, scheduler, text_encoder, unet
-from common import LEVELS, Average, Clock, Data, Log, half, jitter, load_parts, save_parts
+from common import (
+    LEVELS,
+    Average,
+    Clock,
+    Data,
+    Log,
+    Timer,
+    half,
+    jitter,
+    load_parts,
+    save_parts,
+    training_options,
+)
 
 VARIANTS = 8
 VARIANT_SHARE = 0.3
@@ -31,7 +43,6 @@ TEXT_NOISE = 0.1
 """Deviation of what is added to the text states (whose own is about 1), so that near prompts give near pictures."""
 
 SNR_LIMIT = 5.0
-SAVE_EVERY = 60
 
 
 class Prepared:
@@ -87,21 +98,14 @@ def average_gradients(model: nn.Module, workers: int) -> None:
 
 def main() -> None:
     """Train until the seconds are used up."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data", type=Path)
-    parser.add_argument("parts", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=520)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, default=1024, help="over all processes")
+    parser = training_options(seconds=520, batch=1024)
+    parser.add_argument("parts", type=Path, help="folder with the other parts")
     parser.add_argument("--rate", type=float, default=8e-4)
-    parser.add_argument("--pictures", type=int, help="use the first so many only (for trials)")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
         "--wait", type=Path, help="compile first, then wait for this file: the parts are ready"
     )
     parser.add_argument("--init", type=Path, help="folder with weights to start from")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     clock = Clock(options.seconds)
     rank, workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -179,7 +183,7 @@ def train(
     optimiser = torch.optim.AdamW(
         model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), fused=device.type == "cuda"
     )
-    size, step, saved, seen_loss = options.batch // workers, 0, time.monotonic(), 0.0
+    size, step, timer = options.batch // workers, 0, Timer()
     done = torch.zeros(1, device=device)
     while True:
         if step % 20 == 0:  # all processes stop at the same step
@@ -200,11 +204,9 @@ def train(
         optimiser.step()
         average.update()
         if step % 250 == 0:
-            seen_loss = float(loss.detach())
-            log(step=step, seconds=clock.elapsed, loss=seen_loss, unseen=check(model, unseen))
-        if rank == 0 and time.monotonic() - saved > SAVE_EVERY:
+            log(step=step, seconds=clock.elapsed, loss=float(loss.detach()), unseen=check(model, unseen))
+        if rank == 0 and timer.due():
             save_parts(half(average.values), options.out, "unet")
-            saved = time.monotonic()
         step += 1
     if rank == 0:
         save_parts(half(average.values), options.out, "unet")

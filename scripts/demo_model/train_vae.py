@@ -7,8 +7,6 @@ Writes OUT/vae.safetensors (latents whitened, so that the pipeline's scaling fac
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architecture import autoencoder
-from common import Average, Clock, Data, Log, Timer, half, jitter, save_parts
+from common import Average, Clock, Data, Log, Timer, half, jitter, save_parts, training_options
 
 KL_WEIGHT = 2e-6
 
@@ -60,14 +58,7 @@ def whiten(model: Any, data: Data) -> None:
 
 def main() -> None:
     """Train until the seconds are used up."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=230)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--pictures", type=int, help="use the first so many only (for trials)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = training_options(seconds=230, batch=192)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     device = torch.device(options.device)

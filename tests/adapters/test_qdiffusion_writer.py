@@ -54,6 +54,19 @@ def test_golden_file_read_and_written(
     assert again.activations == states[case].activations
 
 
+def test_an_interrupted_write_leaves_no_checkpoint_beside_another_runs_record(
+    states: dict[str, CalibratedState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError("no space left")
+
+    path = writer().write(states["w4a8"], tmp_path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ArtefactError, match="no space left"):
+        writer().write(states["w8a8"], tmp_path)
+    assert not path.exists()
+
+
 def test_alpha_says_which_way_it_was_rounded(
     golden: Path, states: dict[str, CalibratedState], tmp_path: Path
 ) -> None:
@@ -173,6 +186,14 @@ def test_ldm_shaped_models_are_writable(model: GoldenModel, tmp_path: Path) -> N
         ({"layers_per_block": [1, 2]}, r"layers_per_block is \(1, 2\), expected one"),
         ({"mid_block_type": None}, "mid_block_type is None"),
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is 'scale_shift'"),
+        # These leave every name and shape as it is: Q-Diffusion would load the file and compute something else.
+        ({"norm_eps": 1e-3}, "norm_eps is 0.001, expected 1e-05"),
+        ({"resnet_skip_time_act": True}, "resnet_skip_time_act is True"),
+        ({"resnet_out_scale_factor": 2.0}, "resnet_out_scale_factor is 2.0"),
+        ({"downsample_padding": 0}, "downsample_padding is 0"),
+        ({"time_embedding_act_fn": "gelu"}, "time_embedding_act_fn is 'gelu'"),
+        ({"timestep_post_act": "silu"}, "timestep_post_act is 'silu'"),
+        ({"cross_attention_norm": "layer_norm"}, "cross_attention_norm is 'layer_norm'"),
     ],
 )
 def test_other_models_are_refused(

@@ -153,6 +153,24 @@ def test_the_identity_is_all_that_matters(calibrated: Calibrated) -> None:
     assert identity() == same
 
 
+def test_the_identity_covers_what_encodes_prompts(text_pipe: Any) -> None:
+    """Text encoder and tokenizer decide what a prompt means, so another one is another run."""
+
+    def identity() -> str:
+        return json.dumps(running._identity(text_pipe, golden_section(), PROMPTS, SETTINGS))
+
+    same = identity()
+    weight = next(text_pipe.text_encoder.parameters())
+    with torch.no_grad():
+        kept = weight.clone()
+        weight.add_(1)
+        other_encoder = identity()
+        weight.copy_(kept)
+    assert identity() == same
+    text_pipe.tokenizer.add_tokens(["fox"])
+    assert same not in (other_encoder, identity())
+
+
 def command(tmp_path: Path, *more: str, prompts: str = "row 1\nrow 2\n\nrow 3\n") -> list[str]:
     section = golden_section()
     (tmp_path / "prompts.txt").write_text(prompts)
