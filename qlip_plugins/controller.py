@@ -448,9 +448,7 @@ def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
         raise IncompatibleModelError(
             f"a recipe is applied to this {type(denoiser).__name__} already: remove() its controller first"
         )
-    state = load_base_quantizer(recipe.base.adapter).load(recipe.base)
-    state.check_fits(denoiser)
-    state.check_same_weights(denoiser)
+    state = load_base(recipe, denoiser)
     planner = make_planner(pipe, recipe, state)
     try:
         ranges = load_ranges(recipe.ranges, state)
@@ -460,6 +458,19 @@ def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
         planner.remove()
         raise
     return BitController(pipe, state, quantizers, planner)
+
+
+def load_base(recipe: Recipe, denoiser: nn.Module) -> CalibratedState:
+    """The base that a recipe names, checked against the denoiser it is for.
+
+    Raises:
+        ArtefactError: the checkpoint is missing, damaged, or contradicts the recipe.
+        IncompatibleModelError: it was calibrated on another model.
+    """
+    state = load_base_quantizer(recipe.base.adapter).load(recipe.base)
+    state.check_fits(denoiser)
+    state.check_same_weights(denoiser)
+    return state.completed(denoiser)
 
 
 def load_ranges(section: RangesSection | None, state: CalibratedState) -> Ranges:

@@ -7,7 +7,7 @@ backend installs one. Names are those of the diffusers denoiser.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -85,6 +85,8 @@ class CalibratedState:
             layers' unquantized weights all, or none where `weight_samples` stand for them.
         weight_samples: `weight_sample` of each layer's unquantized weight, by layer.
         source: where it was read from, for messages.
+        to_complete: gives the activation grids where only a run of the model can tell them, by
+            `activations` name; None where nothing is missing.
     """
 
     format: str
@@ -93,10 +95,34 @@ class CalibratedState:
     float_parameters: Mapping[str, Tensor] = field(default_factory=dict)
     weight_samples: Mapping[str, Tensor] = field(default_factory=dict)
     source: str = ""
+    to_complete: Callable[[nn.Module], Mapping[str, ActGrid]] | None = None
+
+    def completed(self, denoiser: nn.Module) -> CalibratedState:
+        """This state, or, where its activation grids need a run of the model, the one that has them.
+
+        Args:
+            denoiser: of the calibrated architecture; it is run where needed, and is as it was afterwards.
+
+        Raises:
+            IncompatibleModelError: it cannot be run, or not with what was calibrated on.
+            ArtefactError: what the run shows contradicts the checkpoint.
+        """
+        if self.to_complete is None:
+            return self
+        return self.with_activations(self.to_complete(denoiser))
 
     @cached_property
     def activations(self) -> dict[str, ActGrid]:
-        """Every activation quantizer by its handle's name."""
+        """Every activation quantizer by its handle's name.
+
+        Raises:
+            IncompatibleModelError: they need a run of the model first (`completed`).
+        """
+        if self.to_complete is not None:
+            raise IncompatibleModelError(
+                f"{self.source}: the zero points of its activations come from a run of the model: apply the recipe to "
+                "the pipeline, or call `state.completed(denoiser)`"
+            )
         grids: dict[str, ActGrid] = {}
         for name, layer in self.layers.items():
             grids |= dict(zip((name, name + SPLIT_SUFFIX), layer.inputs, strict=False))
@@ -112,7 +138,7 @@ class CalibratedState:
             for name, layer in self.layers.items()
         }
         operands = {name: grid for name, grid in grids.items() if name.rpartition(".")[2] in OPERANDS}
-        return replace(self, layers=layers, operands=operands)
+        return replace(self, layers=layers, operands=operands, to_complete=None)
 
     def with_float_weights(self, denoiser: nn.Module) -> CalibratedState:
         """The same state with the layers' unquantized weights filled in, as native formats store them.

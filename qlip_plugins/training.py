@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import ActQuantizer, load_backend, load_base_quantizer
-from .controller import PromptPlanner, check_ranges, check_something_to_control, load_ranges
+from .adapter import ActQuantizer, load_backend
+from .controller import PromptPlanner, check_ranges, check_something_to_control, load_base, load_ranges
 from .embeddings import EncodedPrompts, MeanOfStates
 from .errors import IncompatibleModelError
 from .generation import Settings, placed
@@ -302,9 +302,7 @@ def train_controller(
         IncompatibleModelError: base, ranges, T2Q, prompts and pipeline do not belong together.
     """
     pipe = placed(pipe, settings)
-    state = load_base_quantizer(recipe.base.adapter).load(recipe.base)
-    state.check_fits(pipe.unet)
-    state.check_same_weights(pipe.unet)
+    state = load_base(recipe, pipe.unet)
     layers = controlled(state.activations, attention=recipe.attention == "controlled")
     check_something_to_control(layers, state)
     first: Any = t2q.layers[0]

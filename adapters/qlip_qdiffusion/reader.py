@@ -9,11 +9,11 @@ from torch import Tensor
 
 from qlip_plugins.errors import ArtefactError
 from qlip_plugins.grids import ActGrid
+from qlip_plugins.ldm_names import LayoutError, diffusers_names
 from qlip_plugins.state import CalibratedLayer, CalibratedState, WeightPart
 
 from .config import QDiffusionConfig
 from .contents import ActTensors, Contents, WeightTensors, read_contents
-from .ldm_names import LayoutError, diffusers_names
 from .options import Options, resolve
 
 FORMAT = "qdiffusion"

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from qlip_plugins.errors import ArtefactError, IncompatibleModelError
 from qlip_plugins.files import written_whole
 from qlip_plugins.grids import ActGrid
+from qlip_plugins.ldm_names import LayoutError, ldm_names
 from qlip_plugins.recipe import dump
 from qlip_plugins.state import OPERANDS, CalibratedLayer, CalibratedState, WeightPart
 
 from .contents import PREFIX
-from .ldm_names import LayoutError, ldm_names
 from .options import RECORD, read_record
 
 CHECKPOINT = "ckpt.pth"

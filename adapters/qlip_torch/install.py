@@ -147,6 +147,7 @@ def install(denoiser: nn.Module, state: CalibratedState, ranges: Ranges | None) 
     _refuse_second(denoiser)
     _refuse_offloaded(denoiser)
     state.check_fits(denoiser)
+    state = state.completed(denoiser)
     attentions = list(dict.fromkeys(name.rpartition(".")[0] for name in state.operands))
     for name in attentions:
         check_plain(name, denoiser.get_submodule(name))

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from golden_model import GoldenModel
 from qlip_plugins import load_backend, load_base_quantizer
-from qlip_qdiffusion.ldm_names import LayoutError, diffusers_names, ldm_names
+from qlip_plugins.ldm_names import LayoutError, diffusers_names, ldm_names
 
 
 def test_golden_model(model: GoldenModel) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from golden_model import GoldenModel
 from ldm_unet import DEMO, UNetModel
-from qlip_qdiffusion.ldm_names import diffusers_names, ldm_names
+from qlip_plugins.ldm_names import diffusers_names, ldm_names
 
 PROMPTS = ["", "a red fox", "smiling face with sunglasses, flat drawing"]
 
