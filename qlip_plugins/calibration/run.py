@@ -156,12 +156,12 @@ class _Job:
         nearest = {grid.spec.name: grid.layer(grid.nearest()) for grid in grids}
         bake(self.quantized, nearest)
         before = samples.error(module)
-        open_grids = [grid for grid in grids if grid.spec.learned]
-        if not open_grids:
+        learnable = [grid for grid in grids if grid.spec.learned]
+        if not learnable:
             return nearest, UnitErrors(before, before)
         seed = _seed(settings.sampling.seed, "weights", number)
-        ups = learn_rounding(unit, module, open_grids, samples, before, settings.iterations, seed)
-        learned = nearest | {g.spec.name: g.layer(up) for g, up in zip(open_grids, ups, strict=True)}
+        ups = learn_rounding(unit, module, learnable, samples, before, settings.iterations, seed)
+        learned = nearest | {g.spec.name: g.layer(up) for g, up in zip(learnable, ups, strict=True)}
         bake(self.quantized, learned)
         after = samples.error(module)
         if after < before:

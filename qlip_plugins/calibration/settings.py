@@ -26,7 +26,6 @@ class CalibrationSettings:
         iterations: of the rounding, for each unit.
         activation_iterations: of the activation steps, for each unit and width.
         batch_size: samples of one iteration.
-        seed: of the noise and of the order of the samples.
         activation_start: the grid that training starts from: over running extremes of all samples
             (`running`), or with the least error on a few of them (`mse`); None: the scheme's own. `start`
             is what counts.
@@ -67,6 +66,8 @@ class CalibrationSettings:
                 )
 
     def _check_meaning(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise RecipeError(f"scheme: expected {' or '.join(SCHEMES)}, found {self.scheme}")
         if self.softmax_bits is not None and self.rules.softmax_bits is None:
             raise RecipeError(
                 f"softmax bits: {self.scheme} leaves the products of attention in floating point, found "
