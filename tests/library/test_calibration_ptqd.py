@@ -171,8 +171,9 @@ def test_learning_pays(made: Made) -> None:
         assert all(unit["after"] <= unit["before"] for unit in phase.values())
         assert sum(unit["after"] < unit["before"] for unit in phase.values()) >= least
     errors = report["errors"]
-    assert 0 < errors["weights"] < 0.8 * errors["weights rounded to nearest"]
-    assert errors["weights, activations at 16 bits"] < errors["weights, activations at 8 bits"]
+    assert 0 < errors["weights"] < 0.9 * errors["weights rounded to nearest"]
+    for bits in (8, 16):
+        assert errors[f"weights, activations at {bits} bits"] < 1.5 * errors["weights"]
 
 
 def test_the_three_are_rounded_to_nearest(made: Made) -> None:
