@@ -135,7 +135,9 @@ def _add_recipe_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
     calibrate = verbs.add_parser(
-        "calibrate", parents=[common], help="quantize a pipeline's UNet as Q-Diffusion does; can be resumed"
+        "calibrate",
+        parents=[common],
+        help="quantize a pipeline's UNet as Q-Diffusion or PTQD does; can be resumed",
     )
     calibrate.add_argument("pipeline", help="folder, or hub id")
     calibrate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line")
@@ -144,6 +146,12 @@ def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     calibrate.add_argument(
         "--prompt-embeddings", metavar="FILE", help="for a pipeline without a text encoder"
+    )
+    calibrate.add_argument(
+        "--scheme",
+        choices=("qdiffusion", "ptqd"),
+        default="qdiffusion",
+        help="what is quantized, and on which grids (default qdiffusion)",
     )
     calibrate.add_argument("--weight-bits", type=int, default=4, metavar="BITS", help="2 to 8 (default 4)")
     calibrate.add_argument(
@@ -154,7 +162,12 @@ def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
         metavar="BITS",
         help="one or more of 2 to 16; none after it: weights only (default 8)",
     )
-    calibrate.add_argument("--softmax-bits", type=int, default=16, metavar="BITS", help="(default 16)")
+    calibrate.add_argument(
+        "--softmax-bits",
+        type=int,
+        metavar="BITS",
+        help="(default 16; ptqd leaves attention's products alone)",
+    )
     calibrate.add_argument(
         "--samples", type=int, default=512, help="rows of denoiser calls to calibrate on (default 512)"
     )
@@ -167,14 +180,16 @@ def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
     calibrate.add_argument(
         "--activation-start",
         choices=("running", "mse"),
-        default="running",
-        help="the ranges that training starts from (default running)",
+        help="the ranges that training starts from (default running; ptqd: mse, and nothing else)",
     )
     calibrate.add_argument(
         "--batch-size", type=int, default=32, help="samples an iteration; fewer need less memory (default 32)"
     )
     calibrate.add_argument(
-        "--native", type=Path, metavar="FOLDER", help="write Q-Diffusion's own ckpt.pth into it, too"
+        "--native",
+        type=Path,
+        metavar="FOLDER",
+        help="write Q-Diffusion's own ckpt.pth into it, too (not with ptqd)",
     )
     calibrate.add_argument(
         "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
@@ -371,6 +386,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     )
     settings = CalibrationSettings(
         sampling=sampling,
+        scheme=options.scheme,
         weight_bits=options.weight_bits,
         activation_bits=tuple(options.activation_bits),
         softmax_bits=options.softmax_bits,

@@ -1,14 +1,18 @@
 """The self-describing folder of a calibrated model: packed weight codes, and a table of activation grids a width.
 
 config.json                what it is, how it was made
-weights.safetensors        codes of `bits` bits each, steps, zero points, biases, norms
+weights.safetensors        codes without gaps, steps, zero points, biases, norms
 activations-8.safetensors  the grids of one width
 report.json                errors before and after learning
+
+Where all weights have one width and every table a softmax width, a folder is of version 1; version 2 says
+which layers have widths of their own, and may leave the softmax in floating point.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -27,7 +31,8 @@ from .state import CalibratedLayer, CalibratedState, WeightPart, weight_sample
 
 NAME = "packed"
 FORMAT: Final = "qlip-plugins packed"
-VERSION: Final = 1
+VERSION: Final = 2
+_UNIFORM: Final = 1
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.json"
@@ -42,7 +47,8 @@ class ActivationTable(StrictModel):
     """One width that the folder has activation grids for."""
 
     bits: Width
-    softmax_bits: Width
+    softmax_bits: Width | None
+    """None where attention's products are computed in floating point."""
     fingerprint: str
     """Of the model with these activations (`CalibratedState.fingerprint`)."""
 
@@ -51,8 +57,9 @@ class PackedConfig(StrictModel):
     """`config.json`."""
 
     format: Literal["qlip-plugins packed"]
-    version: Literal[1]
+    version: Literal[1, 2]
     weight_bits: Annotated[int, Field(ge=2, le=8)]
+    """Of all quantized layers but those for which `weights.safetensors` names another width."""
     activations: tuple[ActivationTable, ...] = Field(strict=False)
     fingerprint: str
     """Of the model with activations in floating point."""
@@ -101,13 +108,17 @@ def write_packed(
 
     Raises:
         ArtefactError: the folder holds something else, or cannot be written.
-        IncompatibleModelError: the layers' weights are not all of one width up to 8.
+        IncompatibleModelError: there is no quantized layer, or one with a width beyond 8 or with two.
     """
+    widths = _widths(weights)
+    common = _most_common(widths)
+    others = {name: bits for name, bits in widths.items() if bits != common}
     tables = [_table(bits, weights.with_activations(found)) for bits, found in sorted(grids.items())]
+    uniform = not others and all(table.softmax_bits is not None for table in tables)
     config = PackedConfig(
         format=FORMAT,
-        version=VERSION,
-        weight_bits=_one_width(weights),
+        version=_UNIFORM if uniform else VERSION,
+        weight_bits=common,
         activations=tuple(tables),
         fingerprint=weights.fingerprint,
         pipeline=weights.source,
@@ -116,7 +127,7 @@ def write_packed(
         versions=versions(),
     )
     with folder_written_whole(folder, FORMAT, CONFIG, *_OWNED) as temporary:
-        _write_weights(temporary / WEIGHTS, weights)
+        _write_weights(temporary / WEIGHTS, weights, others)
         for bits, found in grids.items():
             _write_grids(temporary / _activations(bits), found)
         (temporary / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -222,22 +233,33 @@ def _activations(bits: int) -> str:
     return f"activations-{bits}.safetensors"
 
 
-def _one_width(weights: CalibratedState) -> int:
-    widths = sorted(set(weights.weight_bits().values()))
-    if len(widths) != 1 or widths[0] > 8:
-        raise IncompatibleModelError(
-            f"{weights.source}: weights of {', '.join(map(str, widths)) or 'no'} bits, a packed folder holds one width "
-            "from 2 to 8"
-        )
-    return widths[0]
+def _widths(weights: CalibratedState) -> dict[str, int]:
+    """Width of each layer's weight, checked to be one that a folder holds."""
+    if not weights.layers:
+        raise IncompatibleModelError(f"{weights.source}: no layer is quantized, so there is nothing to pack")
+    for name, layer in weights.layers.items():
+        found = sorted({part.bits for part in layer.weight})
+        if len(found) != 1 or not 2 <= found[0] <= 8:
+            raise IncompatibleModelError(
+                f"{weights.source}: {name} has weights of {', '.join(map(str, found))} bits, a packed folder holds one "
+                "width a layer, from 2 to 8"
+            )
+    return weights.weight_bits()
+
+
+def _most_common(widths: Mapping[str, int]) -> int:
+    """The width of most layers; of those that tie the smallest."""
+    counts = Counter(widths.values())
+    return min(counts, key=lambda bits: (-counts[bits], bits))
 
 
 def _table(bits: int, state: CalibratedState) -> ActivationTable:
     softmax = {grid.bits for name, grid in state.operands.items() if name.endswith(".softmax")}
-    return ActivationTable(bits=bits, softmax_bits=max(softmax, default=bits), fingerprint=state.fingerprint)
+    return ActivationTable(bits=bits, softmax_bits=max(softmax, default=None), fingerprint=state.fingerprint)
 
 
-def _write_weights(path: Path, state: CalibratedState) -> None:
+def _write_weights(path: Path, state: CalibratedState, others: Mapping[str, int]) -> None:
+    """Write codes and floats; `others` are the layers whose width is not the common one."""
     tensors: dict[str, Tensor] = {
         name: tensor
         for name, tensor in state.float_parameters.items()
@@ -251,7 +273,10 @@ def _write_weights(path: Path, state: CalibratedState) -> None:
             tensors[f"{name}.{place}.scale"] = part.scale.flatten()
             tensors[f"{name}.{place}.zero_point"] = _small(part.zero_point.flatten())
         tensors[f"{name}.sample"] = _sample(state, name)
-    write_tensors(path, FORMAT, VERSION, tensors, shapes=shapes)
+    if others:
+        write_tensors(path, FORMAT, VERSION, tensors, shapes=shapes, bits=dict(others))
+    else:
+        write_tensors(path, FORMAT, _UNIFORM, tensors, shapes=shapes)
 
 
 def _sample(state: CalibratedState, name: str) -> Tensor:
@@ -271,9 +296,11 @@ def _read_weights(path: Path, config: PackedConfig) -> CalibratedState:
     layers: dict[str, CalibratedLayer] = {}
     samples: dict[str, Tensor] = {}
     try:
+        others = facts.get("bits", {})
         for name, shapes in facts["shapes"].items():
+            bits = others.get(name, config.weight_bits)
             parts = (
-                _read_part(tensors, f"{name}.{place}", tuple(shape), config.weight_bits)
+                _read_part(tensors, f"{name}.{place}", tuple(shape), bits)
                 for place, shape in enumerate(shapes)
             )
             layers[name] = CalibratedLayer(tuple(parts))
@@ -296,11 +323,11 @@ def _read_part(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], bi
 def _write_grids(path: Path, grids: Mapping[str, ActGrid]) -> None:
     rows = [[g.bits, g.scale, g.zero_point, g.low_code, g.high_code] for g in grids.values()]
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, _GRID)
-    write_tensors(path, FORMAT, VERSION, {"grids": table}, quantizers=list(grids))
+    write_tensors(path, FORMAT, _UNIFORM, {"grids": table}, quantizers=list(grids))
 
 
 def _read_grids(path: Path) -> dict[str, ActGrid]:
-    tensors, facts = read_tensors(path, FORMAT, VERSION)
+    tensors, facts = read_tensors(path, FORMAT, _UNIFORM)
     check_finite(path, tensors)
     names, table = facts.get("quantizers"), tensors.get("grids")
     if not isinstance(names, list) or table is None or table.shape != (len(names), _GRID):

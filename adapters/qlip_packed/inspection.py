@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qlip_plugins.adapter import Inspection
-from qlip_plugins.packed import NAME, read_config, read_packed
+from qlip_plugins.packed import NAME, PackedConfig, read_config, read_packed
+from qlip_plugins.state import CalibratedState
 
 
 def inspect(path: Path) -> Inspection:
@@ -25,9 +27,22 @@ def inspect(path: Path) -> Inspection:
         notes=tuple(f"activation_bits: {width} is there, too" for width in others),
         details={
             "attention_operands": len(state.operands),
-            "softmax_bits": None if bits is None else config.activations[0].softmax_bits,
+            **_widths_apart(config, state, bits),
             "pipeline": config.pipeline,
             "origin": config.origin,
             "layers": list(state.layers),
         },
     )
+
+
+def _widths_apart(config: PackedConfig, state: CalibratedState, bits: int | None) -> dict[str, Any]:
+    """What has a width of its own, each kind where there is one."""
+    table = None if bits is None else config.table(bits)
+    softmax = None if table is None else table.softmax_bits
+    inputs = {name: layer.inputs[0].bits for name, layer in state.layers.items() if layer.inputs}
+    found = {
+        "softmax_bits": softmax,
+        "other_weight_bits": {n: w for n, w in state.weight_bits().items() if w != config.weight_bits},
+        "other_activation_bits": {n: w for n, w in inputs.items() if w != bits},
+    }
+    return {kind: widths for kind, widths in found.items() if widths}

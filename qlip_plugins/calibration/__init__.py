@@ -1,4 +1,4 @@
-"""Post-training calibration of a diffusers UNet in the manner of Q-Diffusion (docs/method.md, Calibrate)."""
+"""Post-training calibration of a diffusers UNet in the manner of Q-Diffusion or PTQD (docs/method.md, Calibrate)."""
 
 from .run import Calibration, calibrate
 from .settings import CalibrationSettings

@@ -21,8 +21,8 @@ from ..quantizer import fake_quantize_with_step
 from ..state import OPERANDS, SPLIT_SUFFIX
 from .gathering import UnitSamples
 from .grid_search import range_grid, search_grid
-from .settings import Start
-from .units import LayerSpec, Unit
+from .schemes import LayerSpec, Start
+from .units import Unit
 
 _RATE = 1e-2
 _SEARCHED = 16
@@ -102,17 +102,27 @@ class _QuantizeInput:
 class UnitActivations:
     """The activation quantizers of a unit, put on its module in the quantized model, in place."""
 
-    def __init__(self, unit: Unit, model: nn.Module, bits: int, softmax_bits: int) -> None:
+    def __init__(self, unit: Unit, model: nn.Module, bits: int, softmax_bits: int | None) -> None:
+        """Put them on.
+
+        Args:
+            unit: whose they are.
+            model: the quantized model.
+            bits: of layers without a width of their own, and of attention's q, k and v.
+            softmax_bits: of attention weights; None puts no quantizers on attentions.
+        """
         self._undo: list[Any] = []
         self.steps: list[ActStep] = []
         for spec in unit.layers:
             names = (spec.name,) if spec.split is None else (spec.name, spec.name + SPLIT_SUFFIX)
-            steps = tuple(ActStep(name, bits, from_zero=False) for name in names)
+            width = spec.activation_bits(bits)
+            steps = tuple(ActStep(name, width, from_zero=False) for name in names)
             handle = model.get_submodule(spec.name).register_forward_pre_hook(_QuantizeInput(steps, spec))
             self._undo.append(handle.remove)
             self.steps += steps
-        for path in unit.attentions:
-            self._add_attention(model, path, bits, softmax_bits)
+        if softmax_bits is not None:
+            for path in unit.attentions:
+                self._add_attention(model, path, bits, softmax_bits)
 
     def _add_attention(self, model: nn.Module, path: str, bits: int, softmax_bits: int) -> None:
         operands = {

@@ -17,7 +17,6 @@ from ..recipe import ModelSection
 from .run import Calibration, calibrate
 from .settings import CalibrationSettings
 
-NATIVE = "qdiffusion"
 ORIGIN = "qlip-plugins calibrate"
 
 
@@ -72,13 +71,14 @@ def calibrate_pipeline(
         prompts: for the calibration inputs.
         settings: how.
         out: the packed folder to write.
-        native: folder for Q-Diffusion's own files, one folder a width in it; None writes none.
+        native: folder for the framework's own files, one folder a width in it; None writes none.
         work: folder for what is finished; removed in the end.
         say: called with remarks.
 
     Raises:
         QlipError: any; what can be known beforehand is checked before the work.
     """
+    _check_native(native, settings)
     model = _model_section(pipeline, prompt_embeddings)
     check_writable(out)
     pipe = placed(load_model(model), settings.sampling)
@@ -86,7 +86,7 @@ def calibrate_pipeline(
         raise IncompatibleModelError(
             f"{pipeline}: {type(pipe).__name__} has no UNet, and only UNets are calibrated"
         )
-    writer = None if native is None else _writer()
+    writer = None if native is None else _writer(settings.scheme)
     for folder in _native_folders(native, settings).values():
         if writer is not None:
             writer.check_writable(pipe.unet, folder)
@@ -115,12 +115,16 @@ def _described(model: ModelSection) -> dict[str, str]:
     return {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in values.items()}
 
 
-def _writer() -> CheckpointWriter:
-    adapter = load_base_quantizer(NATIVE)
+def _check_native(native: Path | None, settings: CalibrationSettings) -> None:
+    reason = settings.rules.no_native
+    if native is not None and reason:
+        raise RecipeError(f"--native {native}: {reason}. Leave it out")
+
+
+def _writer(name: str) -> CheckpointWriter:
+    adapter = load_base_quantizer(name)
     if not isinstance(adapter, CheckpointWriter):
-        raise AdapterNotFoundError(
-            f"the base quantizer {NATIVE!r} that is installed cannot write checkpoints"
-        )
+        raise AdapterNotFoundError(f"the base quantizer {name!r} that is installed cannot write checkpoints")
     return adapter
 
 

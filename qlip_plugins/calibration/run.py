@@ -29,7 +29,7 @@ from .activations import UnitActivations, learn_steps, removed_after, start_grid
 from .gathering import gather
 from .inputs import DenoiserInputs, collect
 from .settings import CalibrationSettings
-from .units import Unit, find_units
+from .units import Unit, find_units, layer_specs
 from .weights import bake, find_grids, learn_rounding
 from .work import UnitErrors, WorkFolder
 
@@ -89,14 +89,17 @@ def calibrate(
 
     Raises:
         RecipeError: too few prompts, or `work` holds a calibration with other settings.
-        IncompatibleModelError: the denoiser is no UNet that can be taken apart.
+        IncompatibleModelError: the denoiser is no UNet that can be taken apart, or one that the scheme is
+            not defined on.
     """
     _check_prompts(model, prompts)
+    specs = layer_specs(pipe.unet, settings.rules, settings.weight_bits)
     with _exact_arithmetic():
         folder = WorkFolder(work, _identity(pipe, model, prompts, settings))
         inputs, held_out = _inputs(pipe, model, prompts, settings, folder)
         device = next(pipe.unet.parameters()).device
-        units = find_units(pipe.unet, settings.weight_bits, inputs.call(slice(0, 1), device))
+        call = inputs.call(slice(0, 1), device)
+        units = find_units(pipe.unet, specs, settings.softmax is not None, call)
         say(_memory_needed(units, len(inputs)))
         job = _Job(pipe.unet, copy.deepcopy(pipe.unet).requires_grad_(False), units, inputs, settings, folder)
         layers, weight_errors = job.weights()
@@ -109,7 +112,7 @@ def calibrate(
         errors = _model_errors(pipe.unet, state, grids, held_out, settings.batch_size)
         say(_memory_used(device))
     report = {
-        "settings": _described(settings),
+        "settings": settings.described(),
         "prompts": len(prompts),
         "samples": len(inputs),
         "held_out_samples": len(held_out),
@@ -153,9 +156,12 @@ class _Job:
         nearest = {grid.spec.name: grid.layer(grid.nearest()) for grid in grids}
         bake(self.quantized, nearest)
         before = samples.error(module)
+        learnable = [grid for grid in grids if grid.spec.learned]
+        if not learnable:
+            return nearest, UnitErrors(before, before)
         seed = _seed(settings.sampling.seed, "weights", number)
-        ups = learn_rounding(unit, module, grids, samples, before, settings.iterations, seed)
-        learned = {grid.spec.name: grid.layer(up) for grid, up in zip(grids, ups, strict=True)}
+        ups = learn_rounding(unit, module, learnable, samples, before, settings.iterations, seed)
+        learned = nearest | {g.spec.name: g.layer(up) for g, up in zip(learnable, ups, strict=True)}
         bake(self.quantized, learned)
         after = samples.error(module)
         if after < before:
@@ -173,7 +179,7 @@ class _Job:
                 if found is None:
                     found = self._unit_activations(bits, number, unit)
                     self.folder.save_grids(bits, number, unit.name, *found)
-                placed.append(UnitActivations(unit, self.quantized, bits, self.settings.softmax_bits))
+                placed.append(UnitActivations(unit, self.quantized, bits, self.settings.softmax))
                 placed[-1].take(found[0], next(self.quantized.parameters()).device)
                 grids |= placed[-1].grids()  # in one order, found now or read back
                 errors.append(found[1])
@@ -183,9 +189,9 @@ class _Job:
     def _unit_activations(self, bits: int, number: int, unit: Unit) -> tuple[dict[str, ActGrid], UnitErrors]:
         settings, module = self.settings, self.quantized.get_submodule(unit.name)
         samples = gather(unit.name, self.denoiser, self.quantized, self.inputs, settings.batch_size)
-        activations = UnitActivations(unit, self.quantized, bits, settings.softmax_bits)
+        activations = UnitActivations(unit, self.quantized, bits, settings.softmax)
         with removed_after([activations]):
-            start_grids(activations, module, samples, settings.activation_start)
+            start_grids(activations, module, samples, settings.start)
             first, before = activations.grids(), samples.error(module)
             seed = _seed(settings.sampling.seed, f"activations-{bits}", number)
             learn_steps(activations, module, samples, before, settings.activation_iterations, seed)
@@ -308,15 +314,14 @@ def _unit_rows(
     ]
 
 
-def _described(settings: CalibrationSettings) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    return data
-
-
 def _identity(
     pipe: Any, model: ModelSection, prompts: Sequence[str], settings: CalibrationSettings
 ) -> dict[str, Any]:
-    """All that a result depends on."""
+    """All that a result depends on.
+
+    The scheme is among the settings: what is finished under one must not be taken for another's. A folder
+    begun by a version without schemes has no such key, and is refused like any other difference.
+    """
     digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
     digest.update(json.dumps(dict(pipe.unet.config), sort_keys=True, default=str).encode())
     for module in filter(None, (pipe.unet, getattr(pipe, "text_encoder", None))):
@@ -332,7 +337,7 @@ def _identity(
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "prompt_embeddings": table and hashlib.sha256(table.read_bytes()).hexdigest(),
         "versions": versions(),
-        **_described(settings),
+        **settings.described(),
     }
 
 

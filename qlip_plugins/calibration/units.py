@@ -13,21 +13,11 @@ from torch import Tensor, nn
 
 from ..attention import check_plain
 from ..errors import IncompatibleModelError
+from .schemes import LayerSpec, Scheme
 
 _BLOCKS = (ResnetBlock2D, BasicTransformerBlock)
 _LAYERS = (nn.Conv2d, nn.Linear)
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """How one convolution or linear layer is quantized.
-
-    `split` is the number of input channels in the first of two parts; None: one part.
-    """
-
-    name: str
-    bits: int
-    split: int | None
+_ATTENTIONS = (".attn1", ".attn2")
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,7 @@ class Unit:
 
     Args:
         name: its module path.
-        layers: the layers in it.
+        layers: the layers in it that are quantized.
         attentions: module paths of the attentions in it whose operands are quantized.
         values: numbers that its inputs and its output hold for one sample.
     """
@@ -47,30 +37,48 @@ class Unit:
     values: int
 
 
-def find_units(denoiser: nn.Module, weight_bits: int, call: Mapping[str, Any]) -> list[Unit]:
-    """Take a UNet apart as Q-Diffusion does: every layer, the first and the last too, at one width.
+def layer_specs(denoiser: nn.Module, scheme: Scheme, weight_bits: int) -> dict[str, LayerSpec]:
+    """How each layer that a scheme quantizes is quantized, by module path, in the model's order.
 
     Args:
         denoiser: a diffusers UNet.
-        weight_bits: of every layer.
+        scheme: what is quantized.
+        weight_bits: of every layer for which the scheme has no width of its own.
+
+    Raises:
+        IncompatibleModelError: it is no UNet of diffusers, or one that the scheme is not defined on.
+    """
+    splits = shortcut_splits(denoiser)
+    names = [path for path, module in denoiser.named_modules() if isinstance(module, _LAYERS)]
+    scheme.check_layers(names)
+    found = {name: scheme.layer(name, weight_bits, splits.get(name)) for name in names}
+    return {name: spec for name, spec in found.items() if spec is not None}
+
+
+def find_units(
+    denoiser: nn.Module, specs: Mapping[str, LayerSpec], operands: bool, call: Mapping[str, Any]
+) -> list[Unit]:
+    """Take a UNet apart. Where nothing is quantized, in a downsampler say, there is no unit.
+
+    Args:
+        denoiser: a diffusers UNet.
+        specs: the layers that are quantized, by module path.
+        operands: whether the operands of attention's products are, too.
         call: keyword arguments of one call with one row; the order of the units is seen in it.
 
     Raises:
-        IncompatibleModelError: it is no UNet of diffusers, a layer does not run, or runs twice.
+        IncompatibleModelError: a unit does not run, or runs twice, or an attention has other operands.
     """
-    splits = shortcut_splits(denoiser)
-    members = _members(denoiser)
+    members = {
+        name: paths for name, paths in _members(denoiser).items() if any(path in specs for path in paths)
+    }
     sizes = _run_order(denoiser, list(members), call)
     units = []
     for name, values in sizes.items():
-        attentions = tuple(path for path in members[name] if path.rpartition(".")[2] in ("attn1", "attn2"))
+        attentions = tuple(path for path in members[name] if operands and path.endswith(_ATTENTIONS))
         for path in attentions:
             check_plain(path, denoiser.get_submodule(path))
-        layers = tuple(
-            LayerSpec(path, weight_bits, splits.get(path))
-            for path in members[name]
-            if isinstance(denoiser.get_submodule(path), _LAYERS)
-        )
+        layers = tuple(specs[path] for path in members[name] if path in specs)
         units.append(Unit(name, layers, attentions, values))
     return units
 

@@ -1,4 +1,4 @@
-"""Weights: a grid for each output channel, then AdaRound of a unit's layers together.
+"""Weights: a grid for each output channel or for a layer, then AdaRound of a unit's layers together.
 
 Sources: AdaRound (Nagel et al., ICML 2020, arXiv 2004.10568), BRECQ (Li et al., ICLR 2021,
 arXiv 2102.05426), Q-Diffusion (Li et al., ICCV 2023, arXiv 2302.04304).
@@ -17,7 +17,8 @@ from torch.func import functional_call
 from ..state import CalibratedLayer, WeightPart
 from .gathering import UnitSamples
 from .grid_search import search_grid
-from .units import LayerSpec, Unit
+from .schemes import LayerSpec
+from .units import Unit
 
 GAMMA, ZETA = -0.1, 1.1
 _TRAVEL = 20.0
@@ -51,11 +52,11 @@ class WeightGrid:
 
     @classmethod
     def found(cls, spec: LayerSpec, weight: Tensor) -> WeightGrid:
-        """Search the grid of each output channel, and of each part of a split input."""
+        """Search the grid of each output channel, or of the layer, and of each part of a split input."""
         per_channel = (-1, *[1] * (weight.ndim - 1))
         scales, zeros = [], []
         for part in _parts(weight, spec.split):
-            rows = part.flatten(1)
+            rows = part.reshape(1, -1) if spec.per_tensor else part.flatten(1)
             scale, zero = search_grid(rows, rows.amin(1), rows.amax(1), spec.bits)
             scales.append(scale.reshape(per_channel).expand(part.shape))
             zeros.append(zero.reshape(per_channel).expand(part.shape))
@@ -135,14 +136,14 @@ def learn_rounding(
     Args:
         unit: what is reconstructed.
         module: its module in the quantized model.
-        grids: of its layers.
+        grids: of those of its layers whose rounding is learned; the others keep the weights they have.
         samples: its inputs and targets.
         error: of the unit when every weight is rounded to nearest.
         iterations: of Adam.
         seed: of the batches.
 
     Returns:
-        For each layer a boolean tensor of its weight's shape.
+        For each grid a boolean tensor of its weight's shape.
     """
     rounding = _UnitRounding(unit, grids)
     adam = torch.optim.Adam([rounding.alpha], lr=min(_MAX_RATE, _TRAVEL / max(1, iterations)))

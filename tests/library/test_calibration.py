@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -12,18 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from calibration_fixtures import PROMPTS, SETTINGS, Calibrated, golden_section
+from calibration_fixtures import PROMPTS, SETTINGS, Calibrated, command, golden_section, small
 from qlip_plugins import load_backend, load_base_quantizer
-from qlip_plugins.calibration import CalibrationSettings, calibrate
 from qlip_plugins.calibration import run as running
 from qlip_plugins.calibration.inputs import DenoiserInputs
 from qlip_plugins.calibration.work import WorkFolder
 from qlip_plugins.cli import main
 from qlip_plugins.errors import ArtefactError, RecipeError
-from qlip_plugins.packed import read_packed, write_packed
+from qlip_plugins.packed import read_packed
 from qlip_plugins.recipe import Recipe
-
-SMALL = replace(SETTINGS, activation_bits=(8,), samples=8, iterations=2, activation_iterations=1)
 
 
 def test_learning_pays(calibrated: Calibrated) -> None:
@@ -78,19 +74,6 @@ def test_every_quantizer_is_there(calibrated: Calibrated) -> None:
         assert {g.bits for n, g in state.activations.items() if n not in softmax} == {bits}
         assert {state.operands[name].bits for name in softmax} == {16}
         assert all(grid.scale > 0 for grid in state.activations.values())
-
-
-def small(work: Path, settings: CalibrationSettings = SMALL, prompts: list[str] = PROMPTS) -> dict[str, str]:
-    """The digest of each file of a calibration's packed folder."""
-    from qlip_plugins.generation import load_model
-
-    pipe = load_model(golden_section())
-    calibration, folder = calibrate(pipe, golden_section(), prompts, settings, work)
-    out = work.with_name(f"{work.name}-out")
-    write_packed(out, calibration.weights, calibration.grids, calibration.report, "a test")
-    folder.remove()
-    assert not work.exists()
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
 
 
 @pytest.mark.parametrize("phase", ["weights", "activations"])
@@ -169,24 +152,6 @@ def test_the_identity_covers_what_encodes_prompts(text_pipe: Any) -> None:
     assert identity() == same
     text_pipe.tokenizer.add_tokens(["fox"])
     assert same not in (other_encoder, identity())
-
-
-def command(tmp_path: Path, *more: str, prompts: str = "row 1\nrow 2\n\nrow 3\n") -> list[str]:
-    section = golden_section()
-    (tmp_path / "prompts.txt").write_text(prompts)
-    given = {
-        "--prompts": tmp_path / "prompts.txt",
-        "--prompt-embeddings": section.prompt_embeddings,
-        "--out": tmp_path / "out",
-        "--steps": 4,
-        "--guidance": 3,
-        "--samples": 8,
-        "--iterations": 2,
-        "--activation-iterations": 1,
-        "--batch-size": 4,
-    }
-    flags = [str(item) for pair in given.items() for item in pair]
-    return ["calibrate", str(section.pipeline), *flags, *more]
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,9 @@ from qlip_plugins.calibration.activations import ActStep, UnitActivations, learn
 from qlip_plugins.calibration.gathering import UnitSamples
 from qlip_plugins.calibration.grid_search import range_grid, search_grid
 from qlip_plugins.calibration.inputs import DenoiserInputs, collect, place, stride
+from qlip_plugins.calibration.schemes import SCHEMES, LayerSpec
 from qlip_plugins.calibration.settings import CalibrationSettings
-from qlip_plugins.calibration.units import LayerSpec, Unit, find_units, shortcut_splits
+from qlip_plugins.calibration.units import Unit, find_units, layer_specs, shortcut_splits
 from qlip_plugins.calibration.weights import (
     WeightGrid,
     find_grids,
@@ -298,7 +299,8 @@ def test_split_points_are_where_the_decoder_concatenates(
 def test_units_of_the_golden_model(model: GoldenModel, states: dict[str, CalibratedState]) -> None:
     """Every layer of Q-Diffusion's own file once, with its split, in the order of the calls."""
     unet = model.unet()
-    units = find_units(unet, 4, {key: tensor[:1] for key, tensor in model.call(0).items()})
+    specs = layer_specs(unet, SCHEMES["qdiffusion"], 4)
+    units = find_units(unet, specs, True, {key: tensor[:1] for key, tensor in model.call(0).items()})
     layers = {spec.name: spec for unit in units for spec in unit.layers}
     assert sum(len(unit.layers) for unit in units) == len(layers) == 83
     assert {name: spec.split for name, spec in layers.items()} == {
@@ -317,7 +319,7 @@ def test_units_of_the_golden_model(model: GoldenModel, states: dict[str, Calibra
 
 def test_other_denoisers_are_refused() -> None:
     with pytest.raises(IncompatibleModelError, match="Linear is no UNet of diffusers"):
-        find_units(nn.Linear(2, 2), 4, {})
+        layer_specs(nn.Linear(2, 2), SCHEMES["qdiffusion"], 4)
 
 
 # Inputs

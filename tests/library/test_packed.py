@@ -18,7 +18,7 @@ from qlip_plugins import load_backend, load_base_quantizer
 from qlip_plugins.artefacts import read_tensors, write_tensors
 from qlip_plugins.cli import main
 from qlip_plugins.errors import ArtefactError, IncompatibleModelError
-from qlip_plugins.packed import pack_codes, read_packed, unpack_codes, write_packed
+from qlip_plugins.packed import pack_codes, read_config, read_packed, unpack_codes, write_packed
 from qlip_plugins.state import SAMPLED, CalibratedLayer, CalibratedState, WeightPart, weight_sample
 
 
@@ -144,14 +144,90 @@ def test_an_earlier_folder_is_replaced_others_are_not(
         pack(states, folder)
 
 
-def test_mixed_widths_are_refused(states: dict[str, CalibratedState], tmp_path: Path) -> None:
-    state = states["w4"]
-    name, layer = next(iter(state.layers.items()))
-    mixed = replace(
-        state, layers={**state.layers, name: CalibratedLayer((replace(layer.weight[0], bits=8),))}
+def mixed_state(states: dict[str, CalibratedState], wide: tuple[str, ...]) -> CalibratedState:
+    """The golden W4A8 with some layers' weights from the W8A8, and its shortcuts in floating point."""
+    layers = {
+        name: states["w8a8" if name in wide else "w4a8"].layers[name]
+        for name in states["w4a8"].layers
+        if not name.endswith("conv_shortcut")
+    }
+    return replace(states["w4a8"], layers=layers).with_activations({})
+
+
+WIDE = ("conv_in", "up_blocks.1.resnets.0.conv1")
+
+
+def test_mixed_widths_and_float_layers(
+    states: dict[str, CalibratedState], model: GoldenModel, tmp_path: Path
+) -> None:
+    """A folder of version 2: each width read back, float layers among the parameters, equal outputs."""
+    state = mixed_state(states, WIDE)
+    grids = {
+        name: g
+        for name, g in states["w4a8"].activations.items()
+        if name.partition(".skip")[0] in state.layers
+    }
+    config = write_packed(tmp_path / "out", state, {8: grids}, {}, "a test")
+    assert (config.version, config.weight_bits) == (2, 4)
+    found = read_packed(tmp_path / "out", 8)
+    expected = state.with_activations(grids)
+    assert found.fingerprint == expected.fingerprint
+    assert {name for name, bits in found.weight_bits().items() if bits == 8} == set(WIDE)
+    shortcut = "up_blocks.0.resnets.0.conv_shortcut.weight"
+    assert torch.equal(found.float_parameters[shortcut], state.float_parameters[shortcut])
+    outputs = []
+    for one in (expected, found):
+        unet = model.unet()
+        load_backend("torch").install(unet, one)
+        with torch.no_grad():
+            outputs.append(unet(**model.call(0)).sample)
+    assert torch.equal(*outputs)
+
+
+def test_version_2_only_where_it_is_needed(
+    folder: Path, states: dict[str, CalibratedState], tmp_path: Path
+) -> None:
+    """A uniform model is written as ever; floating-point products of attention, or two widths, are news."""
+    path = folder / "weights.safetensors"
+    assert read_config(folder).version == 1
+    assert sorted(read_tensors(path, "qlip-plugins packed", 1)[1]) == ["format", "shapes", "version"]
+    floating = states["w4"]
+    assert write_packed(tmp_path / "weights", floating, {}, {}, "a test").version == 1
+    inputs = {name: states["w4a8"].activations[name] for name in floating.layers}
+    config = write_packed(
+        tmp_path / "inputs", replace(floating, layers=unsplit(floating)), {8: inputs}, {}, "a test"
     )
-    with pytest.raises(IncompatibleModelError, match="weights of 4, 8 bits"):
-        write_packed(tmp_path / "out", mixed, {}, {}, "a test")
+    assert (config.version, config.activations[0].softmax_bits) == (2, None)
+    assert not read_packed(tmp_path / "inputs", 8).operands
+
+
+def unsplit(state: CalibratedState) -> dict[str, CalibratedLayer]:
+    return {name: layer for name, layer in state.layers.items() if layer.split is None}
+
+
+@pytest.mark.parametrize(("bits", "says"), [((4, 8), "weights of 4, 8 bits"), ((9, 9), "weights of 9 bits")])
+def test_widths_that_no_folder_holds(
+    bits: tuple[int, int], says: str, states: dict[str, CalibratedState], tmp_path: Path
+) -> None:
+    state = states["w4"]
+    name, layer = next((name, layer) for name, layer in state.layers.items() if layer.split)
+    parts = tuple(replace(part, bits=width) for part, width in zip(layer.weight, bits, strict=True))
+    strange = replace(state, layers={**state.layers, name: CalibratedLayer(parts)})
+    with pytest.raises(IncompatibleModelError, match=says):
+        write_packed(tmp_path / "out", strange, {}, {}, "a test")
+    with pytest.raises(IncompatibleModelError, match="no layer is quantized"):
+        write_packed(tmp_path / "out", replace(state, layers={}), {}, {}, "a test")
+
+
+def test_inspect_names_the_widths_apart(
+    states: dict[str, CalibratedState], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_packed(tmp_path / "out", mixed_state(states, WIDE), {}, {}, "a test")
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["weight_bits"], found["quantized_layers"]) == (4, 78)
+    assert found["details"]["other_weight_bits"] == dict.fromkeys(WIDE, 8)
+    assert "softmax_bits" not in found["details"]
 
 
 def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +284,7 @@ BAD = {
     "config is no JSON": Bad("config.json: not JSON", lambda f: (f / "config.json").write_text("{")),
     "config is a list": Bad("expected a folder of", lambda f: (f / "config.json").write_text("[]")),
     "another format": Bad("found 'qlip-plugins controller'", edit_config(format="qlip-plugins controller")),
-    "newer": Bad("written as version 2, this package reads up to 1", edit_config(version=2)),
+    "newer": Bad("written as version 3, this package reads up to 2", edit_config(version=3)),
     "older": Bad("config.json: version", edit_config(version=0)),
     "weight bits": Bad("config.json: weight_bits", edit_config(weight_bits=9)),
     "unknown key": Bad("unknown key", edit_config(colour="red")),
@@ -223,6 +299,10 @@ BAD = {
         lambda f: (f / A).write_bytes((f / "activations-16.safetensors").read_bytes()),
     ),
     "wrong width of weights": Bad("holds no .* codes of 5 bits", edit_config(weight_bits=5)),
+    "wrong width of a layer": Bad(
+        "holds no .* codes of 7 bits", edit_tensors(W, lambda _, facts: facts.update(bits={"conv_in": 7}))
+    ),
+    "widths no map": Bad("the file is damaged", edit_tensors(W, lambda _, facts: facts.update(bits=[7]))),
     "a code": Bad("a file has been changed", edit_tensors(W, lambda t, _: t["conv_in.0.codes"].add_(1))),
     "a step": Bad("a file has been changed", edit_tensors(W, lambda t, _: t["conv_in.0.scale"].mul_(2))),
     "a bias": Bad("a file has been changed", edit_tensors(W, lambda t, _: t["conv_in.bias"].add_(1))),
