@@ -1,14 +1,15 @@
 """What an adapter is, and how it is found.
 
 A *base quantizer* reads an upstream checkpoint into a `CalibratedState`; a *backend* installs such a
-state on a denoiser and hands back one `ActQuantizer` for each activation quantizer. Both are found by
-entry point, so an adapter outside this repository needs nothing here.
+state on a denoiser and hands back one `ActQuantizer` for each activation quantizer; a *correction*
+changes the sampler so that it allows for the error that remains. All are found by entry point, so an
+adapter outside this repository needs nothing here.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -20,17 +21,27 @@ from .schema import StrictModel, nearest
 if TYPE_CHECKING:
     import torch
 
+    from .controller import BitController
+    from .generation import Settings
     from .grids import Ranges
+    from .recipe import Recipe
     from .state import CalibratedState
 
 BASE_QUANTIZERS = "qlip_plugins.base_quantizers"
 BACKENDS = "qlip_plugins.backends"
+CORRECTIONS = "qlip_plugins.corrections"
 QUALITY_METRICS = "qlip_plugins.quality_metrics"
-GROUPS = (BASE_QUANTIZERS, BACKENDS, QUALITY_METRICS)
+GROUPS = (BASE_QUANTIZERS, BACKENDS, CORRECTIONS, QUALITY_METRICS)
 
 
 class AdapterConfig(StrictModel):
     """The `base:` section of a recipe; each base quantizer extends it with its own options."""
+
+    adapter: str
+
+
+class CorrectionConfig(StrictModel):
+    """The `correction:` section of a recipe; each correction extends it with its own options."""
 
     adapter: str
 
@@ -193,6 +204,65 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class CorrectionFit:
+    """What statistics of a correction are to be collected.
+
+    Args:
+        recipe: the model, and the widths at which its error is met.
+        prompts: to sample.
+        settings: how to sample; statistics hold for its steps and guidance alone.
+        own_plan: follow the plans of the recipe's own controller, in place of each width on its own.
+        batch: prompts at a time.
+        work: folder for what is finished.
+        out: file to write.
+    """
+
+    recipe: Recipe
+    prompts: Sequence[str]
+    settings: Settings
+    own_plan: bool
+    batch: int
+    work: Path
+    out: Path
+
+
+@runtime_checkable
+class Correction(Protocol):
+    """Makes a sampler that allows for the error of a quantized model."""
+
+    config_class: ClassVar[type[CorrectionConfig]]
+
+    def scheduler(self, config: Any, recipe: Recipe, controller: BitController) -> Any:
+        """A diffusers scheduler to take the place of the pipeline's own while the recipe is applied.
+
+        Args:
+            config: a `config_class`.
+            recipe: what is applied.
+            controller: to ask for the plan at each step.
+
+        Raises:
+            ArtefactError: a file it needs is missing, damaged, or not what it claims.
+            IncompatibleModelError: it does not hold for this model, these widths or this scheduler.
+        """
+        ...
+
+    def fit(self, what: CorrectionFit, say: Callable[[str], None]) -> Mapping[str, Any]:
+        """Collect the statistics that `scheduler` needs and write them; can be resumed.
+
+        Args:
+            what: to collect, and where to write it.
+            say: called with remarks.
+
+        Returns:
+            Facts for people.
+
+        Raises:
+            QlipError: any; what can be known beforehand is checked before the work.
+        """
+        ...
+
+
 def installed(group: str) -> dict[str, EntryPoint]:
     """The entry points of one group by name; nothing is imported."""
     return {entry.name: entry for entry in sorted(entry_points(group=group), key=lambda e: e.name)}
@@ -216,6 +286,16 @@ def load_backend(name: str) -> Backend:
     """
     backend: Backend = _load(BACKENDS, "backend", name)
     return backend
+
+
+def load_correction(name: str) -> Correction:
+    """Import the correction registered as `name`.
+
+    Raises:
+        AdapterNotFoundError: none is; the message names those that are.
+    """
+    correction: Correction = _load(CORRECTIONS, "correction", name)
+    return correction
 
 
 def check_installed(group: str, kind: str, name: str) -> EntryPoint:

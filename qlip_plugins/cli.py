@@ -17,7 +17,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .adapter import BASE_QUANTIZERS, Inspection, installed, load_base_quantizer
+from .adapter import (
+    BASE_QUANTIZERS,
+    CorrectionFit,
+    Inspection,
+    installed,
+    load_base_quantizer,
+    load_correction,
+)
 from .errors import INSTALL_HINT, ArtefactError, ForeignFormatError, HostError, QlipError, RecipeError
 from .recipe import Recipe, dump, find_recipe, json_schema, shipped_recipes
 
@@ -108,6 +115,27 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(run=_fit_ranges)
 
     _add_calibrate(verbs, common)
+
+    correction = verbs.add_parser(
+        "fit-correction",
+        parents=[common],
+        help="collect the statistics of a recipe's error that a corrected sampler needs; can be resumed",
+    )
+    correction.add_argument("recipe", help="file, or name of a shipped recipe")
+    correction.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line")
+    correction.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    correction.add_argument(
+        "--own-plan",
+        action="store_true",
+        help="follow the recipe's own plans (default: each width of its menu by itself)",
+    )
+    correction.add_argument("--method", default="ptqd", help="of correction (default ptqd)")
+    correction.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default 8)")
+    correction.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
+    )
+    _add_sampler(correction)
+    correction.set_defaults(run=_fit_correction, dtype="float32")
 
     doctor = verbs.add_parser("doctor", parents=[common], help="say which hosts and adapters are usable")
     doctor.set_defaults(run=_doctor)
@@ -414,6 +442,31 @@ def _calibrate(options: argparse.Namespace) -> int:
     _print({**result.report, "recipe": recipe}, text, options.json)
     for path in result.written:
         _say(f"wrote {path}")
+    return 0
+
+
+def _fit_correction(options: argparse.Namespace) -> int:
+    recipe = Recipe.load(options.recipe)
+    from .calibration.command import read_prompts
+
+    out = options.out.resolve()
+    what = CorrectionFit(
+        recipe=recipe,
+        prompts=read_prompts(options.prompts),
+        settings=_settings(options),
+        own_plan=options.own_plan,
+        batch=options.batch_size,
+        work=options.work or out.with_name(f"{out.name}.work"),
+        out=options.out,
+    )
+    facts = load_correction(options.method).fit(what, _say)
+    lines = [f"{key}: {value}" for key, value in facts.items() if not isinstance(value, dict)]
+    lines += [
+        f"{name}: " + ", ".join(f"{part} {value:.2e}" for part, value in row.items())
+        for name, row in facts.get("means_over_timesteps", {}).items()
+    ]
+    _print(facts, "\n".join(lines), options.json)
+    _say(f"use it with `correction: {{adapter: {options.method}, statistics: {out}}}`")
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,7 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from .adapter import Installed, load_backend, load_base_quantizer
+from .adapter import Installed, load_backend, load_base_quantizer, load_correction
 from .embeddings import EmbeddingSource, EndOfTextState, MeanOfStates
 from .errors import BitsError, IncompatibleModelError
 from .grids import Ranges
@@ -42,6 +44,10 @@ class Planner(Protocol):
         """The plan of P prompts with text states `(P, T, D)`, at S distinct timesteps."""
         ...
 
+    def digest(self) -> str:
+        """SHA-256 of all that its plans depend on."""
+        ...
+
     def remove(self) -> None:
         """Leave the pipeline as it was."""
         ...
@@ -64,6 +70,10 @@ class FixedPlanner:
         """See `Planner.plan`."""
         shape = (states.shape[0], len(timesteps), len(self.layers))
         return BitPlan(self._row.expand(shape).clone(), timesteps, self.layers)
+
+    def digest(self) -> str:
+        """See `Planner.digest`."""
+        return hashlib.sha256(json.dumps([self.layers, self._row.tolist()]).encode()).hexdigest()
 
     def remove(self) -> None:
         """See `Planner.remove`."""
@@ -98,6 +108,10 @@ class TablePlanner:
         rows = torch.stack([self._table.at(timestep) for timestep in timesteps], dim=1)
         return BitPlan(rows.expand(prompts, -1, -1).clone(), timesteps, self.layers)
 
+    def digest(self) -> str:
+        """See `Planner.digest`."""
+        return self._table.digest()
+
     def remove(self) -> None:
         """See `Planner.remove`."""
 
@@ -124,6 +138,10 @@ class PromptPlanner:
                 f"pipeline's have {embeddings.shape[1]}"
             )
         return self._text_to_bits.plan(embeddings, timesteps)
+
+    def digest(self) -> str:
+        """See `Planner.digest`."""
+        return self._text_to_bits.digest()
 
     def remove(self) -> None:
         """See `Planner.remove`."""
@@ -221,12 +239,21 @@ class BitController:
     Leaving its `with` block, or `remove()`, gives the pipeline back as it was.
     """
 
-    def __init__(self, pipe: Any, state: CalibratedState, quantizers: Installed, planner: Planner) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        state: CalibratedState,
+        quantizers: Installed,
+        planner: Planner,
+        ranges: Ranges | None = None,
+    ) -> None:
         self.quantizers = quantizers
-        self._pipe = pipe
+        self.pipe = pipe
         self._denoiser: nn.Module = pipe.unet
         self.state = state
-        self._planner = planner
+        self.planner = planner
+        self.ranges = ranges or Ranges()
+        self._schedulers: tuple[Any, Any] | None = None
         self._plan: BitPlan | None = None
         self._seen: tuple[Any, Any] = (None, None)
         self._columns: dict[tuple[float, int], list[int | Tensor]] = {}
@@ -251,8 +278,16 @@ class BitController:
     def remove(self) -> None:
         """Take everything off the pipeline; a second call does nothing."""
         self._handle.remove()
-        self._planner.remove()
+        if self._schedulers is not None and self.pipe.scheduler is self._schedulers[1]:
+            self.pipe.scheduler = self._schedulers[0]
+        self._schedulers = None
+        self.planner.remove()
         self.quantizers.remove()
+
+    def correct(self, scheduler: Any) -> None:
+        """Let the pipeline sample with another scheduler until `remove`."""
+        self._schedulers = (self.pipe.scheduler, scheduler)
+        self.pipe.scheduler = scheduler
 
     def report(self) -> Report:
         """What the last generation cost.
@@ -283,7 +318,7 @@ class BitController:
         timestep = _one_timestep(call["timestep"])
         if (timestep, copies) not in self._columns:
             self._columns[timestep, copies] = self._columns_at(timestep, copies)
-        for name, bits in zip(self._planner.layers, self._columns[timestep, copies], strict=True):
+        for name, bits in zip(self.planner.layers, self._columns[timestep, copies], strict=True):
             self.quantizers[name].set_bits(bits)
         self._visits[timestep, copies] += 1
         self._call = _one_row(_shapes_of(call), sample.shape[0])
@@ -297,11 +332,11 @@ class BitController:
         """
         rows = sample.shape[0]
         halves_equal = rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
-        guided = getattr(self._pipe, "do_classifier_free_guidance", None)
-        if not self._planner.by_prompt:
+        guided = getattr(self.pipe, "do_classifier_free_guidance", None)
+        if not self.planner.by_prompt:
             return 2 if (halves_equal if guided is None else guided) and rows % 2 == 0 else 1
         # Prompts of one batch may share their noise; then the word of the pipeline that is calling counts.
-        same_noise = guided is False and halves_equal and _is_calling(self._pipe)
+        same_noise = guided is False and halves_equal and _is_calling(self.pipe)
         agreed = guided is not None and (bool(guided) == halves_equal or same_noise)
         if not agreed or states.shape[0] != rows:
             said = (
@@ -310,7 +345,7 @@ class BitController:
                 else f"says that guidance is {bool(guided)}"
             )
             raise IncompatibleModelError(
-                f"which of the call's {rows} rows belong to which prompt is unclear: {type(self._pipe).__name__} "
+                f"which of the call's {rows} rows belong to which prompt is unclear: {type(self.pipe).__name__} "
                 f"{said}, the two halves of the samples are {'equal' if halves_equal else 'not equal'}, and there "
                 f"are {states.shape[0]} text states. Apply the recipe to the pipeline that you call"
             )
@@ -318,17 +353,23 @@ class BitController:
 
     def _decide(self, states: Tensor, copies: int) -> None:
         """Make a plan when a generation begins: the pipeline then has new timesteps and text states."""
-        timesteps = self._pipe.scheduler.timesteps
+        timesteps = self.pipe.scheduler.timesteps
         seen_timesteps, seen_states = self._seen
         if timesteps is seen_timesteps and states is seen_states and self._plan is not None:
             return
         if timesteps is None:
             raise IncompatibleModelError(
-                f"{type(self._pipe.scheduler).__name__} has no timesteps yet: call the pipeline, or set_timesteps()"
+                f"{type(self.pipe.scheduler).__name__} has no timesteps yet: call the pipeline, or set_timesteps()"
             )
         self.quantizers.verify()
+        if self._schedulers is not None and self.pipe.scheduler is not self._schedulers[1]:
+            raise IncompatibleModelError(
+                f"the pipeline's scheduler has been replaced by {type(self.pipe.scheduler).__name__}, and the recipe's "
+                "correction lies in the one it had: set it before the recipe is applied, or apply one without a "
+                "`correction:`"
+            )
         distinct = tuple(dict.fromkeys(float(t) for t in timesteps.tolist()))
-        plan = self._planner.plan(states[states.shape[0] // copies * (copies - 1) :], distinct)
+        plan = self.planner.plan(states[states.shape[0] // copies * (copies - 1) :], distinct)
         # A callback may swap the text states in mid-run (to end guidance, say): the same generation.
         if timesteps is not seen_timesteps or self._plan is None or plan.digest() != self._plan.digest():
             self._visits = Counter()
@@ -448,16 +489,28 @@ def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
         raise IncompatibleModelError(
             f"a recipe is applied to this {type(denoiser).__name__} already: remove() its controller first"
         )
-    state = load_base(recipe, denoiser)
+    return apply_base(pipe, recipe, load_base(recipe, denoiser))
+
+
+def apply_base(pipe: Any, recipe: Recipe, state: CalibratedState) -> BitController:
+    """Put a recipe on a pipeline whose base has been read and checked already; see `apply`."""
     planner = make_planner(pipe, recipe, state)
     try:
         ranges = load_ranges(recipe.ranges, state)
         check_ranges(ranges, recipe, state, planner)
-        quantizers = load_backend(recipe.backend).install(denoiser, state, ranges)
+        quantizers = load_backend(recipe.backend).install(pipe.unet, state, ranges)
     except BaseException:
         planner.remove()
         raise
-    return BitController(pipe, state, quantizers, planner)
+    controller = BitController(pipe, state, quantizers, planner, ranges)
+    if recipe.correction is not None:
+        try:
+            correction = load_correction(recipe.correction.adapter)
+            controller.correct(correction.scheduler(recipe.correction, recipe, controller))
+        except BaseException:
+            controller.remove()
+            raise
+    return controller
 
 
 def load_base(recipe: Recipe, denoiser: nn.Module) -> CalibratedState:

@@ -6,9 +6,11 @@ fitted for that width on calibration inputs, or, when the user says so, the cali
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import torch
@@ -102,6 +104,13 @@ class Ranges:
     fitted: Mapping[str, Mapping[int, ActGrid]] = field(default_factory=dict)
     keep_calibrated: bool = False
     fingerprint: str = ""
+
+    def digest(self) -> str:
+        """SHA-256 of what a quantizer computes with."""
+        fitted = {
+            name: {w: astuple(grid) for w, grid in grids.items()} for name, grids in self.fitted.items()
+        }
+        return hashlib.sha256(json.dumps([fitted, self.keep_calibrated], sort_keys=True).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the fitted grids as safetensors, whole or not at all.

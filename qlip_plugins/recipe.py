@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -20,7 +21,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from .adapter import BACKENDS, BASE_QUANTIZERS, AdapterConfig, check_installed, installed, load_base_quantizer
+from .adapter import (
+    BACKENDS,
+    BASE_QUANTIZERS,
+    CORRECTIONS,
+    AdapterConfig,
+    CorrectionConfig,
+    check_installed,
+    installed,
+    load_base_quantizer,
+    load_correction,
+)
 from .errors import AdapterNotFoundError, RecipeError
 from .schema import PathOrHubId, RecipePath, StrictModel, nearest
 from .yaml_lines import Document, read_document
@@ -103,21 +114,23 @@ class QlipController(StrictModel):
 Controller = Annotated[StaticController | TableController | QlipController, Field(discriminator="kind")]
 
 
-def _with_adapter_options(
-    value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo
-) -> AdapterConfig:
-    """Let the adapter named in the `base:` section check the options, inside the same report."""
-    if isinstance(value, AdapterConfig):
-        return value
-    if not isinstance(value, dict):
-        raise PydanticCustomError("base_section", "a section with the key `adapter` is needed")
-    if not isinstance(value.get("adapter"), str):
-        raise PydanticCustomError("missing", "the key `adapter` is missing")
-    try:
-        config_class = load_base_quantizer(value["adapter"]).config_class
-    except AdapterNotFoundError as error:
-        raise PydanticCustomError("adapter_not_found", "{text}", {"text": str(error)}) from None
-    return config_class.model_validate(value, context=info.context)
+def _options_of(section: str, load: Callable[[str], Any]) -> WrapValidator:
+    """Let the adapter named in a section check its options, inside the same report."""
+
+    def checked(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        if value is None or isinstance(value, StrictModel):
+            return handler(value)
+        if not isinstance(value, dict):
+            raise PydanticCustomError(f"{section}_section", "a section with the key `adapter` is needed")
+        if not isinstance(value.get("adapter"), str):
+            raise PydanticCustomError("missing", "the key `adapter` is missing")
+        try:
+            config_class = load(value["adapter"]).config_class
+        except AdapterNotFoundError as error:
+            raise PydanticCustomError("adapter_not_found", "{text}", {"text": str(error)}) from None
+        return config_class.model_validate(value, context=info.context)
+
+    return WrapValidator(checked)
 
 
 class Recipe(StrictModel):
@@ -126,13 +139,17 @@ class Recipe(StrictModel):
     schema_version: Literal[1]
     description: str = ""
     model: ModelSection
-    base: Annotated[SerializeAsAny[AdapterConfig], WrapValidator(_with_adapter_options)]
+    base: Annotated[SerializeAsAny[AdapterConfig], _options_of("base", load_base_quantizer)]
     backend: str
     activation_bits: ActivationBits
     ranges: RangesSection | None = None
     attention: Literal["base", "controlled"] = "base"
     """Whether the operands of the attention products (q, k, v, softmax) leave their base width."""
     controller: Controller
+    correction: Annotated[
+        SerializeAsAny[CorrectionConfig] | None, _options_of("correction", load_correction)
+    ] = None
+    """A change of the sampler that allows for the base's error; without it the pipeline's own is used."""
 
     @field_validator("backend")
     @classmethod
@@ -176,6 +193,7 @@ class Recipe(StrictModel):
             ("model.prompt_embeddings", self.model.prompt_embeddings),
             *((f"base.{key}", value) for key, value in self.base),
             *((f"controller.{key}", value) for key, value in self.controller),
+            *((f"correction.{key}", value) for key, value in self.correction or ()),
         ]
         named.append(("model.pipeline", self.model.pipeline))
         if self.ranges is not None:
@@ -252,18 +270,24 @@ def json_schema() -> tuple[dict[str, Any], dict[str, ImportError]]:
         The schema, and the adapters that are missing in it with the reason.
     """
     schema = Recipe.model_json_schema()
-    options: dict[str, Any] = {}
-    broken: dict[str, ImportError] = {}
-    for name in installed(BASE_QUANTIZERS):
-        try:
-            config_class = load_base_quantizer(name).config_class
-        except ImportError as error:
-            broken[name] = error
-        else:
-            options[name] = config_class.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for section in options.values():
-        section["required"] = ["adapter", *section.get("required", [])]
-    schema["$defs"] |= options
-    schema["properties"]["base"] = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in options]}
+    broken: dict[str, ImportError] = {}
+    loads: dict[str, tuple[str, Callable[[str], Any]]] = {
+        "base": (BASE_QUANTIZERS, load_base_quantizer),
+        "correction": (CORRECTIONS, load_correction),
+    }
+    for section, (group, load) in loads.items():
+        options: dict[str, Any] = {}
+        for name in installed(group):
+            try:
+                config_class = load(name).config_class
+            except ImportError as error:
+                broken[name] = error
+            else:
+                ref = f"#/$defs/{section}-{name}/$defs/{{model}}"
+                options[f"{section}-{name}"] = config_class.model_json_schema(ref_template=ref)
+        for found in options.values():
+            found["required"] = ["adapter", *found.get("required", [])]
+        schema["$defs"] |= options
+        schema["properties"][section] = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in options]}
     return schema, broken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -98,6 +99,13 @@ class TextToBits(nn.Module):
             qualities.append(float(quality))
             rows.append(menu[choose(exact.q2b(quality, timesteps)[0])])
         return BitPlan(torch.stack(rows), timesteps, self.config.layers, tuple(qualities))
+
+    def digest(self) -> str:
+        """SHA-256 of sizes and weights."""
+        found = hashlib.sha256(self.config.model_dump_json().encode())
+        for name, tensor in self.state_dict().items():
+            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def check_made_for(self, fingerprint: str, menu: ActivationBits, layers: tuple[str, ...]) -> None:
         """Check that this controller belongs to a base, a menu and a controlled set.

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from qlip_plugins.adapter import AdapterConfig
+from qlip_plugins.adapter import AdapterConfig, CorrectionConfig
 from qlip_plugins.schema import RecipePath
 
 WeightWidth = Annotated[int, Field(ge=2, le=8)]
@@ -55,3 +55,15 @@ class PTQDConfig(AdapterConfig):
                 {"given": given[0]},
             )
         return self
+
+
+class PTQDCorrectionConfig(CorrectionConfig):
+    """Where the statistics of the error are.
+
+    Args:
+        statistics: a file that `qlip-plugins fit-correction` wrote, or the folder with the three files of
+            PTQD's scripts, `kt.npy`, `t_std_dict.npy` and `idx_bias.npy`.
+    """
+
+    adapter: Literal["ptqd"] = "ptqd"
+    statistics: RecipePath

@@ -75,15 +75,22 @@ class StepStatistics:
         Raises:
             IncompatibleModelError: there are none for it.
         """
-        try:
-            place = self.timesteps.index(timestep)
-        except ValueError:
+        self.check_has(timestep)
+        place = self.timesteps.index(timestep)
+        return self.slope[place], self.deviation[place], self.bias[place]
+
+    def check_has(self, timestep: int) -> None:
+        """Check that there are statistics of a timestep.
+
+        Raises:
+            IncompatibleModelError: there are none.
+        """
+        if timestep not in self.timesteps:
             known = ", ".join(map(str, self.timesteps))
             raise IncompatibleModelError(
                 f"the correction has no statistics for timestep {timestep}, only for {known}. Statistics hold "
                 "for one number of steps of one schedule: use that, or collect new ones"
-            ) from None
-        return self.slope[place], self.deviation[place], self.bias[place]
+            )
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,10 @@ class CorrectionStatistics:
     def channels(self) -> int:
         """C, the channels of the noise prediction."""
         return next(iter(self.widths.values())).bias.shape[1]
+
+    def check_has(self, timestep: int) -> None:
+        """See `StepStatistics.check_has`; all sets have the same."""
+        next(iter(self.widths.values())).check_has(timestep)
 
     def save(self, path: Path) -> None:
         """Write the statistics as safetensors, whole or not at all; equal statistics, equal bytes."""

@@ -118,11 +118,13 @@ def read_side_file(path: Path) -> SideFile:
 
 def _number(path: Path, name: str, entry: Any, key: str, whole: bool) -> float:
     value = entry.get(key) if isinstance(entry, dict) else None
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
-    if not number or (whole and value != int(value)):
-        kind = "a whole number" if whole else "a number"
-        raise ArtefactError(f"{path}: {name}: {key} is {value!r}, expected {kind}")
-    return float(value)
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) >= 2**31:
+        value = None
+    if value is not None and (not whole or value == int(value)):
+        return float(value)
+    kind = "a whole number" if whole else "a number"
+    found = entry.get(key) if isinstance(entry, dict) else entry
+    raise ArtefactError(f"{path}: {name}: {key} is {ascii(found)[:60]}, expected {kind}")
 
 
 def write_side_file(path: Path, grids: Mapping[str, ActGrid], ldm_names: Mapping[str, str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import load_backend
-from ..artefacts import versions
 from ..embeddings import PromptEmbeddings
 from ..errors import RecipeError
 from ..grids import ActGrid
@@ -25,13 +23,14 @@ from ..packed import NAME
 from ..progress import counted
 from ..recipe import ModelSection
 from ..state import CalibratedLayer, CalibratedState
+from ..work import identity_of
 from .activations import UnitActivations, learn_steps, removed_after, start_grids
 from .gathering import gather
 from .inputs import DenoiserInputs, collect
 from .settings import CalibrationSettings
 from .units import Unit, find_units, layer_specs
 from .weights import bake, find_grids, learn_rounding
-from .work import UnitErrors, WorkFolder
+from .work import CalibrationFolder, UnitErrors
 
 BACKEND = "torch"
 """On which the errors of whole models are measured."""
@@ -70,7 +69,7 @@ def calibrate(
     settings: CalibrationSettings,
     work: Path,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[Calibration, WorkFolder]:
+) -> tuple[Calibration, CalibrationFolder]:
     """Calibrate the UNet of a pipeline; the pipeline itself is left as it is.
 
     What is finished is kept in `work`, and a second call with the same arguments goes on from there and
@@ -95,7 +94,7 @@ def calibrate(
     _check_prompts(model, prompts)
     specs = layer_specs(pipe.unet, settings.rules, settings.weight_bits)
     with _exact_arithmetic():
-        folder = WorkFolder(work, _identity(pipe, model, prompts, settings))
+        folder = CalibrationFolder(work, _identity(pipe, model, prompts, settings))
         inputs, held_out = _inputs(pipe, model, prompts, settings, folder)
         device = next(pipe.unet.parameters()).device
         call = inputs.call(slice(0, 1), device)
@@ -131,7 +130,7 @@ class _Job:
     units: Sequence[Unit]
     inputs: DenoiserInputs
     settings: CalibrationSettings
-    folder: WorkFolder
+    folder: CalibrationFolder
 
     def weights(self) -> tuple[dict[str, CalibratedLayer], list[UnitErrors]]:
         """Round every unit's weights; the quantized copy has them all in the end."""
@@ -228,7 +227,11 @@ def _seed(seed: int, phase: str, number: int) -> int:
 
 
 def _inputs(
-    pipe: Any, model: ModelSection, prompts: Sequence[str], settings: CalibrationSettings, folder: WorkFolder
+    pipe: Any,
+    model: ModelSection,
+    prompts: Sequence[str],
+    settings: CalibrationSettings,
+    folder: CalibrationFolder,
 ) -> tuple[DenoiserInputs, DenoiserInputs]:
     """Samples to calibrate on, and others, of other prompts, to measure errors on."""
     apart = max(1, len(prompts) // _HELD_OUT)
@@ -322,23 +325,7 @@ def _identity(
     The scheme is among the settings: what is finished under one must not be taken for another's. A folder
     begun by a version without schemes has no such key, and is refused like any other difference.
     """
-    digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
-    digest.update(json.dumps(dict(pipe.unet.config), sort_keys=True, default=str).encode())
-    for module in filter(None, (pipe.unet, getattr(pipe, "text_encoder", None))):
-        for name, tensor in module.state_dict().items():
-            raw = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-            digest.update(name.encode() + raw.tobytes())
-    tokenizer = getattr(pipe, "tokenizer", None)
-    if tokenizer is not None:
-        digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    table = model.prompt_embeddings
-    return {
-        "pipeline": digest.hexdigest(),
-        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-        "prompt_embeddings": table and hashlib.sha256(table.read_bytes()).hexdigest(),
-        "versions": versions(),
-        **settings.described(),
-    }
+    return {**identity_of(pipe, model, prompts), **settings.described()}
 
 
 def _told(unit: Unit, errors: UnitErrors) -> str:

@@ -1,9 +1,7 @@
-"""The work folder: what an interrupted calibration has finished."""
+"""What an interrupted calibration has finished, unit by unit."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ..artefacts import read_tensors, write_tensors
-from ..errors import ArtefactError, RecipeError
-from ..files import written_whole
+from ..errors import ArtefactError
 from ..grids import ActGrid
 from ..state import CalibratedLayer, WeightPart
+from ..work import WorkFolder
 
 FORMAT = "qlip-plugins calibration work"
 VERSION = 1
-_IDENTITY = "work.json"
 
 
 @dataclass(frozen=True)
@@ -31,36 +28,11 @@ class UnitErrors:
     after: float
 
 
-class WorkFolder:
-    """Finished parts of one calibration, each a file written whole; removed when all is done."""
+class CalibrationFolder(WorkFolder):
+    """The finished units of one calibration."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Open a folder, or begin one.
-
-        Args:
-            path: the folder.
-            identity: all that the result depends on, as JSON can hold it.
-
-        Raises:
-            RecipeError: what stands there was begun with another identity; the message says what differs.
-            ArtefactError: the folder holds something else.
-        """
-        self.path = path
-        ours: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **identity}))
-        marker = path / _IDENTITY
-        if marker.is_file():
-            _check_same(path, marker, ours)
-        elif path.exists() and (not path.is_dir() or any(_visible(path))):
-            raise ArtefactError(
-                f"{path}: exists and is no work folder of a calibration; name another with --work"
-            )
-        else:
-            with written_whole(marker) as temporary:
-                temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-
-    def file(self, name: str) -> Path:
-        """The path of a file in it."""
-        return self.path / name
+        super().__init__(path, "calibration", VERSION, identity)
 
     def save_weights(
         self, number: int, unit: str, layers: Mapping[str, CalibratedLayer], errors: UnitErrors
@@ -113,10 +85,6 @@ class WorkFolder:
             for name, (width, scale, zero) in rows.items()
         }, errors
 
-    def remove(self) -> None:
-        """Remove the folder with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
     def _weights(self, number: int) -> Path:
         return self.file(f"weights-{number:04d}.safetensors")
 
@@ -135,23 +103,3 @@ class WorkFolder:
                 f"{path}: holds {facts.get('unit')}, expected {unit}; remove it and run again"
             )
         return tensors, UnitErrors(facts["before"], facts["after"])
-
-
-def _visible(path: Path) -> list[Path]:
-    return [item for item in path.iterdir() if not item.name.startswith(".")]
-
-
-def _check_same(path: Path, marker: Path, ours: dict[str, Any]) -> None:
-    try:
-        theirs = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{marker}: unreadable: {error}; remove {path} to begin again") from None
-    if not isinstance(theirs, dict) or theirs.get("format") != FORMAT:
-        raise ArtefactError(f"{marker}: no work folder of a calibration; name another with --work")
-    differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-    if differing:
-        shown = ", ".join(f"{key}: {theirs.get(key)!r}, now {ours.get(key)!r}" for key in differing[:3])
-        raise RecipeError(
-            f"{path}: holds a calibration that was begun otherwise ({shown}). Run it with those settings to finish it, "
-            "name another folder with --work, or remove this one"
-        )

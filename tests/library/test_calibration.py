@@ -15,7 +15,7 @@ from calibration_fixtures import PROMPTS, SETTINGS, Calibrated, command, golden_
 from qlip_plugins import load_backend, load_base_quantizer
 from qlip_plugins.calibration import run as running
 from qlip_plugins.calibration.inputs import DenoiserInputs
-from qlip_plugins.calibration.work import WorkFolder
+from qlip_plugins.calibration.work import CalibrationFolder
 from qlip_plugins.cli import main
 from qlip_plugins.errors import ArtefactError, RecipeError
 from qlip_plugins.packed import read_packed
@@ -105,15 +105,15 @@ def test_an_interrupted_calibration_ends_alike(
 
 
 def test_other_settings_do_not_resume(tmp_path: Path) -> None:
-    folder = WorkFolder(tmp_path / "work", {"seed": 0, "prompts": "a"})
-    WorkFolder(folder.path, {"seed": 0, "prompts": "a"})
+    folder = CalibrationFolder(tmp_path / "work", {"seed": 0, "prompts": "a"})
+    CalibrationFolder(folder.path, {"seed": 0, "prompts": "a"})
     with pytest.raises(RecipeError, match=r"begun otherwise .seed: 0, now 1"):
-        WorkFolder(folder.path, {"seed": 1, "prompts": "a"})
+        CalibrationFolder(folder.path, {"seed": 1, "prompts": "a"})
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.txt").write_text("")
     with pytest.raises(ArtefactError, match="no work folder of a calibration"):
-        WorkFolder(other, {"seed": 0})
+        CalibrationFolder(other, {"seed": 0})
     assert (other / "thesis.txt").exists()
 
 

@@ -21,16 +21,16 @@ from qlip_plugins.calibration.run import to_nearest
 from qlip_plugins.calibration.schemes import SCHEMES, LayerSpec
 from qlip_plugins.calibration.units import Unit, find_units, layer_specs
 from qlip_plugins.calibration.weights import WeightGrid, find_grids, learn_rounding
-from qlip_plugins.calibration.work import WorkFolder
+from qlip_plugins.calibration.work import CalibrationFolder
 from qlip_plugins.cli import main
 from qlip_plugins.contract import BackendCase, exact_at_base
 from qlip_plugins.errors import IncompatibleModelError, RecipeError
 from qlip_plugins.generation import load_model
 from qlip_plugins.grids import Ranges
 from qlip_plugins.layers import kind_of
+from qlip_plugins.ldm_names import ldm_names
 from qlip_plugins.metrics import call_bitops, count_macs
 from qlip_plugins.packed import PackedConfig, read_packed, write_packed
-from qlip_qdiffusion.ldm_names import ldm_names
 
 PTQD = replace(SETTINGS, scheme="ptqd")
 FLOATING = (  # in the public code's names, as in its own files of this model
@@ -213,16 +213,16 @@ def test_a_unit_may_be_learned_in_part() -> None:
 
 
 def stop_saving(patch: pytest.MonkeyPatch, method: str, after: int) -> None:
-    original: Any = getattr(WorkFolder, method)
+    original: Any = getattr(CalibrationFolder, method)
     saved: list[Any] = []
 
-    def save(folder: WorkFolder, *args: Any) -> None:
+    def save(folder: CalibrationFolder, *args: Any) -> None:
         if len(saved) == after:
             raise KeyboardInterrupt
         saved.append(args)
         original(folder, *args)
 
-    patch.setattr(WorkFolder, method, save)
+    patch.setattr(CalibrationFolder, method, save)
 
 
 def test_interrupted_runs_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,9 +240,9 @@ def test_interrupted_runs_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_scheme_does_not_resume_another(tmp_path: Path) -> None:
     described = {name: replace(SMALL, scheme=name).described() for name in SCHEMES}
-    WorkFolder(tmp_path / "work", described["qdiffusion"])
+    CalibrationFolder(tmp_path / "work", described["qdiffusion"])
     with pytest.raises(RecipeError, match="scheme: 'qdiffusion', now 'ptqd'"):
-        WorkFolder(tmp_path / "work", described["ptqd"])
+        CalibrationFolder(tmp_path / "work", described["ptqd"])
 
 
 @pytest.mark.parametrize("bits", [None, 8, 16])

@@ -1,0 +1,96 @@
+"""The work folder: what an interrupted piece of long work has finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .artefacts import versions
+from .errors import ArtefactError, RecipeError
+from .files import written_whole
+from .recipe import ModelSection
+
+_IDENTITY = "work.json"
+
+
+class WorkFolder:
+    """Finished parts of one piece of work, each a file written whole; removed when all is done.
+
+    Args:
+        path: the folder.
+        what: the work, in a word.
+        version: of what is kept.
+        identity: all that the result depends on, as JSON can hold it.
+
+    Raises:
+        RecipeError: what stands there was begun with another identity; the message says what differs.
+        ArtefactError: the folder holds something else.
+    """
+
+    def __init__(self, path: Path, what: str, version: int, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self._what = what
+        ours: dict[str, Any] = json.loads(
+            json.dumps({"format": f"qlip-plugins {what} work", "version": version, **identity})
+        )
+        marker = path / _IDENTITY
+        if marker.is_file():
+            self._check_same(marker, ours)
+        elif path.exists() and (not path.is_dir() or any(_visible(path))):
+            raise ArtefactError(f"{path}: exists and is no work folder of a {what}; name another with --work")
+        else:
+            with written_whole(marker) as temporary:
+                temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+
+    def file(self, name: str) -> Path:
+        """The path of a file in it."""
+        return self.path / name
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _check_same(self, marker: Path, ours: dict[str, Any]) -> None:
+        try:
+            theirs = json.loads(marker.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"{marker}: unreadable: {error}; remove {self.path} to begin again") from None
+        if not isinstance(theirs, dict) or theirs.get("format") != ours["format"]:
+            raise ArtefactError(f"{marker}: no work folder of a {self._what}; name another with --work")
+        differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+        if differing:
+            shown = ", ".join(f"{key}: {theirs.get(key)!r}, now {ours.get(key)!r}" for key in differing[:3])
+            raise RecipeError(
+                f"{self.path}: holds a {self._what} that was begun otherwise ({shown}). Run it with those settings to "
+                "finish it, name another folder with --work, or remove this one"
+            )
+
+
+def _visible(path: Path) -> list[Path]:
+    return [item for item in path.iterdir() if not item.name.startswith(".")]
+
+
+def identity_of(pipe: Any, model: ModelSection, prompts: Sequence[str]) -> dict[str, Any]:
+    """What sampling `prompts` with a pipeline depends on, as JSON can hold it; settings not included."""
+    digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
+    digest.update(json.dumps(dict(pipe.unet.config), sort_keys=True, default=str).encode())
+    for module in filter(None, (pipe.unet, getattr(pipe, "text_encoder", None))):
+        for name, tensor in module.state_dict().items():
+            raw = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            digest.update(name.encode() + raw.tobytes())
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is not None:
+        digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    table = model.prompt_embeddings
+    return {
+        "pipeline": digest.hexdigest(),
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "prompt_embeddings": table and hashlib.sha256(table.read_bytes()).hexdigest(),
+        "versions": versions(),
+    }
