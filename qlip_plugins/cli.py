@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = verbs.add_parser("generate", parents=[common], help="make pictures under a recipe")
     _add_sampling(generate)
     generate.add_argument(
+        "--eta", type=_share, default=0.0, help="share of fresh noise a step, of DDIM samplers, 0 to 1 (default 0)"
+    )
+    generate.add_argument(
         "--out", type=Path, required=True, help="folder to write; an earlier result is replaced"
     )
     generate.set_defaults(run=_generate)
@@ -264,6 +267,13 @@ def _scale(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = _scale(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to 1, found {text!r}")
+    return value
+
+
 def _inspect(options: argparse.Namespace) -> int:
     found = _recognised(options.checkpoint)
     recipe = _recipe_for(found.base, {"pipeline": "path/to/the/calibrated/pipeline"})
@@ -385,6 +395,7 @@ def _settings(options: argparse.Namespace) -> Any:
         seed=options.seed,
         device=options.device,
         dtype=options.dtype,
+        eta=getattr(options, "eta", 0.0),
     )
 
 

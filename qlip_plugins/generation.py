@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ class Settings:
         seed: with the prompt and its number it gives each picture a noise of its own.
         device: where the pipeline runs.
         dtype: what it computes in; the quantizers' own arithmetic is float32 in any case.
+        eta: share of fresh noise in each step of a DDIM sampler, 0..1; 0 is deterministic.
     """
 
     steps: int = 25
@@ -48,6 +50,7 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    eta: float = 0.0
 
 
 def load_pipeline(recipe: Recipe) -> Any:
@@ -161,6 +164,9 @@ def sample_model(
         settings: how to sample.
         output_type: `pil`, or `latent` for tensors `(P, C, h, w)`.
         before: prompts sampled earlier; a prompt among them is repeated, and gets another noise.
+
+    Raises:
+        IncompatibleModelError: prompts cannot be encoded, or the sampler has no eta where one is asked for.
     """
     seeds = noise_seeds([*before, *prompts], settings.seed)[len(before) :]
     call: dict[str, Any] = {
@@ -169,6 +175,12 @@ def sample_model(
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         "output_type": output_type,
     }
+    if settings.eta:
+        if "eta" not in inspect.signature(pipe.scheduler.step).parameters:
+            raise IncompatibleModelError(
+                f"eta is {settings.eta:g}, and {type(pipe.scheduler).__name__} knows none: it belongs to DDIM"
+            )
+        call["eta"] = settings.eta
     if model.prompt_embeddings is None:
         if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
             raise IncompatibleModelError(

@@ -169,6 +169,8 @@ def _check(what: CorrectionFit) -> None:
         raise RecipeError(f"--out {what.out}: correction statistics are a .safetensors file")
     if not what.prompts or what.batch < 1:
         raise RecipeError("correction statistics need at least one prompt, and one at a time")
+    if what.settings.eta:
+        raise RecipeError(f"eta is {what.settings.eta:g}: statistics are collected at 0, and serve any")
 
 
 def variants_of(recipe: Recipe, state: CalibratedState, own_plan: bool) -> dict[str, Recipe]:
