@@ -98,7 +98,7 @@ def prepare(options: argparse.Namespace) -> None:
     features = ImageFeatures()
     known = torch.cat([features(data.pictures[part].float() / 255) for part in data.train.split(256)])
     mean, covariance = moments(known.double())
-    save_file({"mean": mean, "covariance": covariance}, options.out / "real.safetensors")
+    save_file({"mean": mean.float(), "covariance": covariance.float()}, options.out / "real.safetensors")
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -131,7 +131,7 @@ class Bench:
         self.settings = Settings(steps=STEPS, guidance_scale=GUIDANCE, seed=3, device=options.device)
         self.pipe = placed(load_pipeline(Recipe.load("demo-w4a8")), self.settings)
         self.features = ImageFeatures(options.device)
-        self.real = load_file(self.out / "real.safetensors")
+        self.real = {name: t.double() for name, t in load_file(self.out / "real.safetensors").items()}
 
     def statistics(self, name: str, own_plan: bool) -> Path:
         """Where the statistics of a base are."""
