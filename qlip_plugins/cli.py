@@ -105,7 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     generate = verbs.add_parser("generate", parents=[common], help="make pictures under a recipe")
     _add_sampling(generate)
     generate.add_argument(
-        "--eta", type=_share, default=0.0, help="share of fresh noise a step, of DDIM samplers, 0 to 1 (default 0)"
+        "--eta",
+        type=_share,
+        default=0.0,
+        help="share of fresh noise a step, of DDIM samplers, 0 to 1 (default 0)",
     )
     generate.add_argument(
         "--out", type=Path, required=True, help="folder to write; an earlier result is replaced"

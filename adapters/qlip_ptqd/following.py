@@ -1,12 +1,14 @@
 """Which statistics a step is corrected with: those of the widths that each picture is computed at.
 
-The rule (ours; PTQD knows one width): the error of a plan at a timestep is that of the single widths,
-averaged over the controlled quantizers. Slopes and biases are averaged as they are, deviations as squares,
-since the errors of different layers hardly know of each other.
+The rule (ours; PTQD knows one width): between two widths of the menu, a plan whose controlled quantizers
+have m bits on average at a timestep is taken to err as a model at m bits would: slope and bias linear in m,
+the deviation geometric. Averaging over the quantizers instead, by how many have each width, goes further
+wrong: plans give few bits to layers that bear it (docs/ptqd.md compares both with the plans' own errors).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,9 @@ from .statistics import CorrectionStatistics, Validity
 
 if TYPE_CHECKING:
     from qlip_plugins.controller import BitController
+
+_LEAST = 1e-30
+"""Stands for a deviation of 0, which has no logarithm."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +109,23 @@ class Following:
         widths = tuple(statistics.widths)
         found = [statistics.widths[width].at(timestep) for width in widths]
         slope, deviation, bias = (torch.stack(part) for part in zip(*found, strict=True))
-        shares = self._shares(widths, timestep, prediction.shape[0])
-        mixed = (shares @ slope[:, None], (shares @ deviation[:, None].square()).sqrt(), shares @ bias)
+        weights = self._weights(widths, timestep, prediction.shape[0])
+        logarithm = deviation.clamp(min=_LEAST).log()
+        mixed = (weights @ slope[:, None], (weights @ logarithm[:, None]).exp(), weights @ bias)
         return Rows(*(part.to(prediction.device, torch.float32)[:, :, None, None] for part in mixed))
 
-    def _shares(self, widths: tuple[int | None, ...], timestep: int, rows: int) -> Tensor:
-        """Share of the controlled quantizers at each width, `(N or 1, W)` float64."""
+    def _weights(self, widths: tuple[int | None, ...], timestep: int, rows: int) -> Tensor:
+        """Weight of each width's statistics, `(N or 1, W)` float64; they sum to 1."""
         if self._controller is None or len(widths) == 1:
             return self._one_width(widths)
         plan = self._controller.plan
         if plan is None or plan.prompts != rows:
             has = "no plan yet" if plan is None else f"a plan of {plan.prompts} pictures"
             raise IncompatibleModelError(f"the scheduler steps {rows} pictures, the recipe has {has}")
+        known = [width for width in widths if width is not None]
         if not plan.layers:
-            return torch.tensor([[width == FULL_PRECISION for width in widths]]).double()
-        bits = plan.at(timestep)
-        return torch.stack([bits.eq(width or 0).double().mean(1) for width in widths], dim=1)
+            return interpolation(torch.tensor([float(FULL_PRECISION)]), known)
+        return interpolation(plan.at(timestep).double().mean(1), known)
 
     def _one_width(self, widths: tuple[int | None, ...]) -> Tensor:
         if len(widths) > 1 and self._bits is None:
@@ -129,6 +135,25 @@ class Following:
             )
         chosen = widths[0] if len(widths) == 1 else self._bits
         return torch.tensor([[width == chosen for width in widths]]).double()
+
+
+def interpolation(bits: Tensor, widths: Sequence[int]) -> Tensor:
+    """Weights of the two widths around each number of bits, `(N, W)` float64; beyond the ends, the end's.
+
+    Args:
+        bits: `(N,)`, such as the mean width of a plan at a timestep.
+        widths: W of them, in any order.
+    """
+    ascending = sorted(widths)
+    columns = {}
+    for place, width in enumerate(ascending):
+        rising = falling = torch.ones_like(bits, dtype=torch.float64)
+        if place > 0:
+            rising = (bits - ascending[place - 1]) / (width - ascending[place - 1])
+        if place < len(ascending) - 1:
+            falling = (ascending[place + 1] - bits) / (ascending[place + 1] - width)
+        columns[width] = torch.minimum(rising, falling).clamp(0, 1)
+    return torch.stack([columns[width] for width in widths], dim=1).double()
 
 
 def validity_of(recipe: Recipe, controller: BitController) -> Validity:

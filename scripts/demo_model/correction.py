@@ -30,11 +30,13 @@ from make_qlip import GUIDANCE, STEPS, read_json, write_json
 from qlip_demo.image_text import ImageFeatures
 from qlip_plugins.adapter import CorrectionFit
 from qlip_plugins.controller import BitController, apply_base, load_base
+from qlip_plugins.embeddings import EncodedPrompts
 from qlip_plugins.generation import Settings, load_pipeline, placed, sample_model
-from qlip_plugins.recipe import Recipe, StaticController
+from qlip_plugins.recipe import QlipController, Recipe, StaticController
+from qlip_plugins.text_to_bits import TextToBits
 from qlip_ptqd import CorrectedDDIMScheduler, CorrectionStatistics, correction
 from qlip_ptqd.collecting import leading
-from qlip_ptqd.following import Following
+from qlip_ptqd.following import Following, interpolation
 from qlip_ptqd.scheduler import corrected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -304,10 +306,20 @@ def table(options: argparse.Namespace) -> None:
             found = read_json(path)
             runs[found["setting"], found["kind"], found["eta"]] = found
     errors = {name: errors_row(runs[name, "errors", 0.0]) for name in SETTINGS}
-    pictures = [pictures_row(found) for (_, kind, _), found in runs.items() if kind != "errors"]
-    write_json(NUMBERS, {"errors": errors, "pictures": pictures})
+    pictures = [
+        pictures_row(found, runs[name, "plain", eta])
+        for (name, kind, eta), found in runs.items()
+        if kind != "errors"
+    ]
+    rule = {name: rule_row(options.out, name) for name in FITS}
+    write_json(NUMBERS, {"errors": errors, "pictures": pictures, "rule": rule})
     text = DOCS.read_text(encoding="utf-8")
-    for name, lines in (("errors", errors_lines(errors)), ("pictures", pictures_lines(pictures))):
+    tables = {
+        "errors": errors_lines(errors),
+        "pictures": pictures_lines(pictures),
+        "rule": rule_lines(rule),
+    }
+    for name, lines in tables.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, _, rest = text.partition(start)
         text = f"{head}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}"
@@ -331,14 +343,72 @@ def errors_row(run: Mapping[str, list[float]]) -> dict[str, Any]:
             row[kind] = {
                 "error": float(left.sum() / energy.sum()),
                 "change": float(left.sum() / plain.sum() - 1),
-                "interval": [float(change.quantile(q)) for q in (0.025, 0.975)],
+                "interval": interval(change),
             }
     return row
 
 
-def pictures_row(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Distances of one run."""
-    draws = torch.tensor(run["frechet_draws"])
+def rule_row(folder: Path, name: str) -> dict[str, dict[str, float]]:
+    """How far two rules' statistics lie from the plans' own, on the prompts of both; root mean squares over steps.
+
+    `mean width` is the rule in use; `shares` averages over the quantizers, by how many have each width.
+    """
+    recipe = Recipe.load(FITS[name])
+    assert isinstance(recipe.controller, QlipController)
+    menu, own = (
+        CorrectionStatistics.load(folder / f"correction-{name}{suffix}.safetensors")
+        for suffix in ("", "-plan")
+    )
+    prompts = EncodedPrompts.from_pipeline(
+        load_pipeline(recipe), read_json(folder / "prompts.json")["fit"], "eos"
+    )
+    steps = tuple(float(timestep) for timestep in menu.timesteps)
+    bits = TextToBits.from_pretrained(recipe.controller.path).plan(prompts.embeddings, steps).bits.double()
+    widths = [width for width in menu.widths if width is not None]
+    mean = torch.stack([interpolation(bits[:, step].mean(1), widths).mean(0) for step in range(len(steps))])
+    shares = torch.stack([(bits == width).double().mean((0, 2)) for width in widths], 1)
+    slope, deviation, bias = (
+        torch.stack([getattr(found, part) for found in menu.widths.values()], 1)
+        for part in ("slope", "deviation", "bias")
+    )
+    truth = own.widths[None]
+    rules = {
+        "mean width": ((mean * slope).sum(1), (mean * deviation.log()).sum(1).exp(), mean),
+        "shares": ((shares * slope).sum(1), (shares * deviation.square()).sum(1).sqrt(), shares),
+    }
+    row = {"plans' own": {part: rms(getattr(truth, part)) for part in ("slope", "deviation", "bias")}}
+    for rule, (its_slope, its_deviation, weights) in rules.items():
+        row[rule] = {
+            "slope": rms(its_slope - truth.slope),
+            "deviation": rms(its_deviation - truth.deviation),
+            "bias": rms((weights[..., None] * bias).sum(1) - truth.bias),
+        }
+    return row
+
+
+def rms(values: Tensor) -> float:
+    """Root mean square."""
+    return float(values.square().mean().sqrt())
+
+
+def rule_lines(rule: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """The table of the rules."""
+    lines = ["| plans of | | slope | deviation | bias |", "|---|---|---|---|---|"]
+    for name, rows in rule.items():
+        for what, values in rows.items():
+            text = "root mean square" if what == "plans' own" else f"{what}: off by"
+            cells = " | ".join(f"{values[part]:.4f}" for part in ("slope", "deviation", "bias"))
+            lines.append(f"| {FITS[name]} | {text} | {cells} |")
+    return lines
+
+
+def pictures_row(run: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Distances of one run, and their changes against the uncorrected one on the same pictures and draws."""
+    draws, before = torch.tensor(run["frechet_draws"]), torch.tensor(plain["frechet_draws"])
+    latents, energy = torch.tensor(run["latents"]), torch.tensor(run["energy"])
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(energy), (1000, len(energy)), generator=generator)
+    change = latents - torch.tensor(plain["latents"])
     return {
         "setting": run["setting"],
         "kind": run["kind"],
@@ -346,8 +416,17 @@ def pictures_row(run: Mapping[str, Any]) -> dict[str, Any]:
         "pictures": run["pictures"],
         "frechet": run["frechet"],
         "frechet_deviation": float(draws.std()),
-        "latents": sum(run["latents"]) / sum(run["energy"]),
+        "frechet_change": run["frechet"] - plain["frechet"],
+        "frechet_change_interval": interval(draws - before),
+        "latents": float(latents.sum() / energy.sum()),
+        "latents_change": float(change.sum() / energy.sum()),
+        "latents_change_interval": interval(change[picks].sum(1) / energy[picks].sum(1)),
     }
+
+
+def interval(draws: Tensor) -> list[float]:
+    """The middle 95%."""
+    return [float(draws.quantile(q)) for q in (0.025, 0.975)]
 
 
 def errors_lines(errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -373,20 +452,28 @@ def errors_lines(errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def pictures_lines(pictures: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of pictures, plain beside corrected."""
     found = {(row["setting"], row["kind"], row["eta"]): row for row in pictures}
-    kinds = {"plain": "uncorrected", "menu": "corrected (menu)", "plan": "corrected (own plan)"}
     lines = [
-        "| setting | eta | "
-        + " | ".join(f"{what}, {text}" for what in ("FID-lite", "latents") for text in kinds.values())
-        + " |",
-        "|---" * (2 + 2 * len(kinds)) + "|",
+        "| setting | eta | FID-lite | its change, corrected (menu) | (own plan) | latents | their change, corrected "
+        "(menu) | (own plan) |",
+        "|---" * 8 + "|",
     ]
     for eta in ETAS:
         for name in ("full precision", *SETTINGS):
-            rows = [found.get((name, kind, eta)) for kind in kinds]
-            cells = ["-" if r is None else f"{r['frechet']:.3f} ± {r['frechet_deviation']:.3f}" for r in rows]
-            cells += ["-" if r is None else f"{r['latents']:.4f}" for r in rows]
+            plain = found[name, "plain", eta]
+            corrected_ = [found.get((name, kind, eta)) for kind in ("menu", "plan")]
+            cells = [f"{plain['frechet']:.3f} ± {plain['frechet_deviation']:.3f}"]
+            cells += [changed(row, "frechet", 3) for row in corrected_]
+            cells += [f"{plain['latents']:.4f}", *(changed(row, "latents", 4) for row in corrected_)]
             lines.append(f"| {name} | {eta:g} | {' | '.join(cells)} |")
     return lines
+
+
+def changed(row: Mapping[str, Any] | None, what: str, digits: int) -> str:
+    """A change with its interval."""
+    if row is None:
+        return "-"
+    low, high = row[f"{what}_change_interval"]
+    return f"{row[f'{what}_change']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def main() -> None:
