@@ -226,7 +226,11 @@ def fit_recipe_ranges(recipe: Recipe, prompts: Sequence[str], settings: Settings
     """Fit ranges for a recipe's menu while its base, at base width, generates `prompts`."""
     pipe = placed(load_pipeline(recipe), settings)
     at_base = recipe.model_copy(
-        update={"ranges": None, "controller": StaticController(kind="static", bits="base")}
+        update={
+            "ranges": None,
+            "controller": StaticController(kind="static", bits="base"),
+            "correction": None,
+        }
     )
     with apply(pipe, at_base) as controller:
         if not controller.quantizers:

@@ -1,8 +1,9 @@
-"""Make the golden demo that ships in recipes/qlip_recipes/golden_w4a8.
+"""Make the golden demos that ship in recipes/qlip_recipes: golden_w4a8 and golden_ptqd_w4a8.
 
-From the golden files that the tests read (a tiny UNet, its Q-Diffusion W4A8 checkpoint and its text
-table) it makes an ordinary diffusers pipeline without text encoder and decoder, the table as prompt
-embeddings, ranges fitted on prompts that the README does not use, and a hand-set controller.
+From the golden files that the tests read (a tiny UNet, its W4A8 checkpoints by Q-Diffusion and by PTQD, and
+its text table) it makes an ordinary diffusers pipeline without text encoder and decoder, the table as
+prompt embeddings, ranges fitted on prompts that the README does not use, and hand-set controllers; for
+PTQD's checkpoint also the statistics of its correction, for the widths of the menu.
 
     python scripts/make_golden_demo.py
 """
@@ -19,40 +20,61 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlip_plugins import load_base_quantizer
+from qlip_plugins.adapter import CorrectionFit
+from qlip_plugins.controller import load_base
 from qlip_plugins.embeddings import PromptEmbeddings
-from qlip_plugins.generation import Settings, fit_recipe_ranges
+from qlip_plugins.generation import Settings, fit_recipe_ranges, load_pipeline
 from qlip_plugins.layers import controlled
 from qlip_plugins.recipe import ActivationBits, Recipe
 from qlip_plugins.state import CalibratedState
 from qlip_plugins.text_to_bits import TextToBits, TextToBitsConfig
+from qlip_ptqd import PTQDConfig, adapter, correction, write_zero_points
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 LIBRARY = ROOT / "recipes" / "qlip_recipes"
 FOLDER = LIBRARY / "golden_w4a8"
-RECIPE = LIBRARY / "golden-w4a8.yaml"
+PTQD_FOLDER = LIBRARY / "golden_ptqd_w4a8"
 EMPTY_ROW = 64
-STEPS = 10
 MENU = ActivationBits(low=8, medium=16, high=32)
+CALIBRATION = [f"row {row}" for row in range(32, 48)]
+SAMPLING = Settings(steps=10, guidance_scale=3.0)
+PTQD_SAMPLING = Settings(steps=20, guidance_scale=3.0)
+"""What PTQD's own statistics of this model hold for."""
 
 
 def main() -> None:
-    """Make every file of the demo."""
-    FOLDER.mkdir(exist_ok=True)
+    """Make every file of the demos."""
+    for folder in (FOLDER, PTQD_FOLDER):
+        folder.mkdir(exist_ok=True)
     for name in ("ckpt.pth", "sampling_config.yaml"):
         shutil.copyfile(GOLDEN / "qdiffusion" / "w4a8" / name, FOLDER / name)
     _pipeline().save_pretrained(FOLDER / "pipeline")
     prompts = (*(f"row {row}" for row in range(EMPTY_ROW)), "")
     table = PromptEmbeddings(prompts, load_file(GOLDEN / "model_v" / "text_table.safetensors")["table"])
     table.save(FOLDER / "prompt_embeddings.safetensors")
-    recipe = Recipe.from_yaml(RECIPE)
-    state = load_base_quantizer("qdiffusion").load(recipe.base)
-    calibration = [f"row {row}" for row in range(32, 48)]
-    fit_recipe_ranges(recipe, calibration, Settings(steps=STEPS, guidance_scale=3.0)).save(
-        FOLDER / "ranges.safetensors"
-    )
-    _controller(state, table.states[:EMPTY_ROW].double().mean(1)).save_pretrained(FOLDER / "controller")
+    _on_base("golden-w4a8", FOLDER, table, SAMPLING)
+    ptqd = GOLDEN / "ptqd" / "w4a8"
+    shutil.copyfile(ptqd / "quantw4a8_ldm_brecq.pth", PTQD_FOLDER / "quantw4a8_ldm_brecq.pth")
+    config = PTQDConfig(checkpoint=ptqd / "quantw4a8_ldm_brecq.pth", zero_points=ptqd / "quantizers.json")
+    write_zero_points(PTQD_FOLDER / "zero_points.json", adapter.load(config))
+    for path in (ptqd / "correct_data" / "imagenet_20steps_w4a8").iterdir():
+        (PTQD_FOLDER / "correct_data").mkdir(exist_ok=True)
+        shutil.copyfile(path, PTQD_FOLDER / "correct_data" / path.name)
+    recipe = _on_base("golden-ptqd-w4a8", PTQD_FOLDER, table, PTQD_SAMPLING)
+    out = PTQD_FOLDER / "correction.safetensors"
+    what = CorrectionFit(recipe, CALIBRATION, PTQD_SAMPLING, False, 8, work=out.with_suffix(".work"), out=out)
+    correction.fit(what, print)
+
+
+def _on_base(name: str, folder: Path, table: PromptEmbeddings, sampling: Settings) -> Recipe:
+    """Ranges and controller of one base."""
+    recipe = Recipe.from_yaml(LIBRARY / f"{name}.yaml")
+    state = load_base(recipe, load_pipeline(recipe).unet)
+    fit_recipe_ranges(recipe, CALIBRATION, sampling).save(folder / "ranges.safetensors")
+    embeddings = table.states[:EMPTY_ROW].double().mean(1)
+    _controller(state, embeddings, sampling.steps).save_pretrained(folder / "controller")
+    return recipe
 
 
 def _pipeline() -> Any:
@@ -74,7 +96,7 @@ def _pipeline() -> Any:
     )
 
 
-def _controller(state: CalibratedState, embeddings: Tensor) -> TextToBits:
+def _controller(state: CalibratedState, embeddings: Tensor, steps: int) -> TextToBits:
     """A controller set by hand, to show the mechanism; nothing here was learnt from pictures.
 
     Quality: a fixed random direction of the embedding, scaled so that the 64 rows of the table spread
@@ -87,7 +109,7 @@ def _controller(state: CalibratedState, embeddings: Tensor) -> TextToBits:
         hidden=16,
         menu=MENU,
         layers=layers,
-        timesteps=tuple(float(t) for t in range(901, 0, -100)),
+        timesteps=tuple(float(t) for t in range(1001 - 1000 // steps, 0, -(1000 // steps))),
         group=2,
         early=2,
         base_fingerprint=state.fingerprint,

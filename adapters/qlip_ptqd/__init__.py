@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .moments import statistics_of_errors
     from .scheduler import CorrectedDDIMScheduler
     from .statistics import CorrectionStatistics
-    from .zero_points import write_side_file
+    from .zero_points import write_zero_points
 
 __all__ = [
     "PTQD",
@@ -34,14 +34,14 @@ __all__ = [
     "adapter",
     "correction",
     "statistics_of_errors",
-    "write_side_file",
+    "write_zero_points",
 ]
 
 _LATE = {
     "CorrectedDDIMScheduler": "scheduler",
     "CorrectionStatistics": "statistics",
     "statistics_of_errors": "moments",
-    "write_side_file": "zero_points",
+    "write_zero_points": "zero_points",
 }
 
 

@@ -21,6 +21,7 @@ from qlip_plugins.checkpoint import check_finite
 from qlip_plugins.errors import ArtefactError, IncompatibleModelError
 from qlip_plugins.files import written_whole
 from qlip_plugins.grids import ActGrid
+from qlip_plugins.ldm_names import ldm_names
 from qlip_plugins.progress import counted
 from qlip_plugins.quantizer import fake_quantize
 from qlip_plugins.state import CalibratedState
@@ -127,21 +128,24 @@ def _number(path: Path, name: str, entry: Any, key: str, whole: bool) -> float:
     raise ArtefactError(f"{path}: {name}: {key} is {ascii(found)[:60]}, expected {kind}")
 
 
-def write_side_file(path: Path, grids: Mapping[str, ActGrid], ldm_names: Mapping[str, str]) -> None:
-    """Write zero points so that they need not be found again.
+def write_zero_points(path: Path, state: CalibratedState) -> None:
+    """Write the zero points of a PTQD base as `read_side_file` reads them, whole or not at all.
+
+    Those that come from a batch differ a little from machine to machine, and with them the base's
+    fingerprint, which ranges and controllers are bound to: written once, they are the same everywhere.
 
     Args:
         path: JSON file to write.
-        grids: by diffusers layer name.
-        ldm_names: diffusers layer name -> LDM module path.
+        state: the base with its activations, such as `load_base(recipe, pipe.unet)`.
     """
+    names = ldm_names(dict.fromkeys(name.rpartition(".")[0] for name in state.float_parameters))
     entries = {
-        f"{PREFIX}{ldm_names[name]}{_QUANTIZER}": {
+        f"{PREFIX}{names[name]}{_QUANTIZER}": {
             "n_bits": grid.bits,
             "delta": grid.scale,
             "zero_point": grid.zero_point,
         }
-        for name, grid in grids.items()
+        for name, grid in state.activations.items()
     }
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps({"quantizers": entries}, indent=1) + "\n", encoding="utf-8")
