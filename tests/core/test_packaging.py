@@ -89,4 +89,6 @@ def test_every_test_of_ptqd_has_its_place_in_tox() -> None:
     tests = ROOT / "tests"
     files = [*tests.glob("*/test_ptqd_*.py"), tests / "library" / "test_calibration_ptqd.py"]
     named = set(re.findall(r"tests/\S+\.py", (ROOT / "tox.ini").read_text()))
-    assert named == {path.relative_to(ROOT).as_posix() for path in files} | {"tests/adapters/test_contract.py"}
+    assert named == {path.relative_to(ROOT).as_posix() for path in files} | {
+        "tests/adapters/test_contract.py"
+    }
