@@ -321,6 +321,29 @@ def test_a_static_width_outside_the_menu_is_collected(golden: Path, tmp_path: Pa
     assert tuple(CorrectionStatistics.load(base_width).widths) == (8, 16, 32)
 
 
+def test_a_width_without_a_range_is_found_out_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Collector, "collect", lambda *args: pytest.fail("the work has begun"))
+    with pytest.raises(IncompatibleModelError, match=r"no range of .* for 12 bits"):
+        fit(tmp_path, static(12))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["zero_points", "calibration_inputs"])
+def test_on_a_base_of_ptqd(source: str, golden: Path, tmp_path: Path) -> None:
+    """Its zero points may come from a run of the model: the base is the same each time it is read."""
+    theirs = golden / "ptqd" / "w4a8"
+    files = {"zero_points": "quantizers.json", "calibration_inputs": "act_init_batch.safetensors"}
+    config: Any = load_base_quantizer("ptqd").config_class
+    section = config(checkpoint=theirs / "quantw4a8_ldm_brecq.pth", **{source: theirs / files[source]})
+    recipe = static("base", base=section, ranges=RangesSection(keep_calibrated=True))
+    file = fit(tmp_path, recipe, prompts=["row 0"])
+    pipe = load_pipeline(recipe)
+    with apply(pipe, corrected(recipe, file)):
+        assert torch.isfinite(run(pipe, recipe)).all()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"prompts": []}, "at least one prompt"), ({"batch": 0}, "one at a time")],
@@ -469,11 +492,27 @@ def made_plan(pipe: Any, prompts: int) -> BitPlan:
     return BitPlan(bits, tuple(map(float, reversed(TIMESTEPS))), layers)
 
 
+def far_apart(statistics: CorrectionStatistics) -> CorrectionStatistics:
+    """With far more error at few bits, so that each rule of mixing gives something else."""
+    factors = {8: 4.0, 16: 1.0, 32: 0.1}
+    found: dict[int | None, StepStatistics] = {
+        width: replace(
+            statistics.widths[width],
+            slope=statistics.widths[width].slope + 0.1 * factor,
+            deviation=statistics.widths[width].deviation * factor,
+            bias=statistics.widths[width].bias * factor,
+        )
+        for width, factor in factors.items()
+    }
+    return replace(statistics, widths=found)
+
+
 def test_the_rows_are_mixed_by_the_written_rule(
-    pipe: Any, file: Path, statistics: CorrectionStatistics, tmp_path: Path
+    pipe: Any, statistics: CorrectionStatistics, tmp_path: Path
 ) -> None:
     """Slope and bias: means over the controlled quantizers; deviation: root of the mean square."""
-    plan = made_plan(pipe, 2)
+    statistics, file, plan = far_apart(statistics), tmp_path / "apart.safetensors", made_plan(pipe, 2)
+    statistics.save(file)
     plan.save(tmp_path / "plan.safetensors")
     recipe = golden_recipe(controller=TableController(kind="table", plan=tmp_path / "plan.safetensors"))
     generator = torch.Generator().manual_seed(0)
@@ -513,6 +552,31 @@ def test_a_picture_s_correction_is_that_of_its_own_plan(pipe: Any, file: Path, t
     both, first, second = rows
     assert torch.allclose(both.bias, torch.cat([first.bias, second.bias]), rtol=1e-6)
     assert torch.allclose(both.slope, torch.cat([first.slope, second.slope]), rtol=1e-6)
+
+
+def test_noise_of_ddpm_under_a_mixed_plan(pipe: Any, file: Path, tmp_path: Path) -> None:
+    """With eta 1 each picture has a deviation and a generator of its own."""
+    path = tmp_path / "plan.safetensors"
+    made_plan(pipe, 2).save(path)
+    recipe = golden_recipe(controller=TableController(kind="table", plan=path))
+    assert recipe.model.prompt_embeddings is not None
+    table = PromptEmbeddings.load(recipe.model.prompt_embeddings)
+    found = []
+    with apply(pipe, corrected(recipe, file)):
+        for eta in (0.0, 1.0, 1.0):
+            latents = pipe(
+                prompt_embeds=table.of(PROMPTS[:2]),
+                negative_prompt_embeds=table.of(["", ""]),
+                generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+                num_inference_steps=SETTINGS.steps,
+                guidance_scale=SETTINGS.guidance_scale,
+                output_type="latent",
+                eta=eta,
+            ).images
+            found.append(latents)
+    assert torch.isfinite(torch.stack(found)).all()
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
 
 
 def test_one_width_throughout_is_that_width_s_statistics(
@@ -615,6 +679,8 @@ def test_the_schema_has_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert options["properties"].keys() == {"adapter", "statistics"}
     assert set(options["required"]) == {"adapter", "statistics"}
     assert "correction" not in schema["required"]
+    assert {"type": "null"} in schema["properties"]["correction"]["anyOf"]
+    assert {"type": "null"} not in schema["properties"]["base"]["anyOf"]
     assert "base-ptqd" in schema["$defs"]
 
 

@@ -464,7 +464,7 @@ def test_a_batch_that_is_no_file_of_tensors(
         load(tmp_path, **options)
 
 
-@pytest.mark.parametrize("bits", [6, 16])
+@pytest.mark.parametrize("bits", [6, 7, 9, 16])
 def test_the_batch_shows_a_wrong_width(bits: int, golden: Path, model: GoldenModel, tmp_path: Path) -> None:
     """Where nothing else says how wide the activations are, the steps that the batch asks for do."""
     options = {"calibration_inputs": BATCH, "activation_bits": bits}
@@ -524,6 +524,33 @@ def test_a_denoiser_without_data(golden: Path, model: GoldenModel, tmp_path: Pat
     unet: nn.Module = model.unet().to("meta")
     with pytest.raises(IncompatibleModelError, match="this one is on the meta device"):
         load(tmp_path, **options).completed(unet)
+
+
+@pytest.mark.parametrize(
+    ("option", "change", "code", "says"),
+    [
+        ("", None, 3, "base.calibration_inputs, the batch"),
+        (f"  zero_points: {SIDE}\n", None, 3, "cannot be read as JSON"),
+        ("  calibration_inputs: other\n", FOREIGN_BATCHES["other channels"], 4, "do not fit UNet2DCondition"),
+    ],
+)
+def test_the_program_says_so_and_writes_nothing(
+    option: str,
+    change: Callable[[Tensors], Tensors] | None,
+    code: int,
+    says: str,
+    golden: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make(Bad("", side_bytes=b"{"), golden, tmp_path)
+    if change is not None:
+        save_file(change(load_file(tmp_path / BATCH)), tmp_path / "other")
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text(on_the_golden_pipeline(inspected(tmp_path / FINAL, capsys), option))
+    assert main(["generate", str(recipe), "--prompt", "row 1", "--steps", "1", "--out", str(out)]) == code
+    assert says in capsys.readouterr().err
+    assert not out.exists()
 
 
 # inspect
