@@ -289,5 +289,8 @@ def json_schema() -> tuple[dict[str, Any], dict[str, ImportError]]:
         for found in options.values():
             found["required"] = ["adapter", *found.get("required", [])]
         schema["$defs"] |= options
-        schema["properties"][section] = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in options]}
+        choices = [{"$ref": f"#/$defs/{name}"} for name in options]
+        if section not in schema["required"]:
+            choices.append({"type": "null"})
+        schema["properties"][section] = {"anyOf": choices}
     return schema, broken

@@ -31,7 +31,7 @@ from qlip_plugins.work import WorkFolder, identity_of
 from .following import validity_of
 from .moments import Moments
 from .scheduler import check_ddim, schedule_facts
-from .statistics import CorrectionStatistics
+from .statistics import CorrectionStatistics, Validity
 
 WORK = "correction"
 VERSION = 1
@@ -130,9 +130,9 @@ def fit(what: CorrectionFit, say: Callable[[str], None]) -> dict[str, Any]:
     _check(what)
     recipe = what.recipe.model_copy(update={"correction": None})
     pipe = placed(load_pipeline(recipe), what.settings)
-    facts = schedule_facts(leading(pipe.scheduler).config)
     state = load_base(recipe, pipe.unet)
     collector = Collector(pipe, recipe, state, variants_of(recipe, state, what.own_plan))
+    validity = _validity(collector, what)
     identity = {
         **identity_of(pipe, recipe.model, what.prompts),
         "base": state.fingerprint,
@@ -147,15 +147,6 @@ def fit(what: CorrectionFit, say: Callable[[str], None]) -> dict[str, Any]:
     with _led(pipe) as scheduler:
         scheduler.set_timesteps(what.settings.steps)
         timesteps = scheduler.timesteps.tolist()
-    with apply_base(pipe, recipe, state) as controller:
-        validity = replace(
-            validity_of(recipe, controller),
-            guidance_scale=max(1.0, what.settings.guidance_scale),
-            steps=what.settings.steps,
-            schedule=facts,
-        )
-    if not what.own_plan:
-        validity = replace(validity, plan=None)
     widths = {
         None if name == _PLAN else int(name): found.statistics(timesteps) for name, found in moments.items()
     }
@@ -171,6 +162,23 @@ def _check(what: CorrectionFit) -> None:
         raise RecipeError("correction statistics need at least one prompt, and one at a time")
     if what.settings.eta:
         raise RecipeError(f"eta is {what.settings.eta:g}: statistics are collected at 0, and serve any")
+
+
+def _validity(collector: Collector, what: CorrectionFit) -> Validity:
+    """What the statistics will hold for; a variant that cannot be applied is found out here, before the work."""
+    pipe, recipe, state = collector.pipe, collector.recipe, collector.state
+    facts = schedule_facts(leading(pipe.scheduler).config)
+    for variant in collector.variants.values():
+        apply_base(pipe, variant, state).remove()
+    with apply_base(pipe, recipe, state) as controller:
+        found = validity_of(recipe, controller)
+    return replace(
+        found,
+        plan=found.plan if what.own_plan else None,
+        guidance_scale=max(1.0, what.settings.guidance_scale),
+        steps=what.settings.steps,
+        schedule=facts,
+    )
 
 
 def variants_of(recipe: Recipe, state: CalibratedState, own_plan: bool) -> dict[str, Recipe]:

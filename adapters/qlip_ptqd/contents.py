@@ -122,7 +122,8 @@ def _check_layers(contents: Contents) -> None:
     if lacking:
         raise ArtefactError(
             f"{contents.path}: '{PREFIX}{lacking[0]}.weight_quantizer.alpha' is missing ({len(lacking)} such layers): "
-            "the file of an unfinished calibration. Only the first, third and last layer have none"
+            "the file of an unfinished calibration, or its tensors were re-ordered. Only the first, third and last "
+            "layer have none"
         )
     learned = next((name for name in contents.eight_bit if name in contents.alphas), None)
     if learned is not None:

@@ -26,6 +26,11 @@ EIGHT = 8
 def load(config: PTQDConfig) -> CalibratedState:
     """Read a checkpoint; see `BaseQuantizer.load`."""
     contents = read_contents(config.checkpoint)
+    if not contents.has_activations and (config.zero_points or config.calibration_inputs):
+        raise ArtefactError(
+            f"{config.checkpoint}: a file of the first stage holds weights only, so zero points have no use: "
+            "remove them, or give the file of the second stage"
+        )
     names = map_names(contents)
     side = None if config.zero_points is None else read_side_file(config.zero_points)
     if side is not None:
@@ -34,11 +39,6 @@ def load(config: PTQDConfig) -> CalibratedState:
     if options.activation_bits is not None and side is None and config.calibration_inputs is None:
         raise ArtefactError(
             f"{config.checkpoint}: {HOW_TO}. Or load the weights only, `activation_bits: null`"
-        )
-    if options.activation_bits is None and (side or config.calibration_inputs):
-        raise ArtefactError(
-            f"{config.checkpoint}: a file of the first stage holds weights only, so zero points have no use: "
-            "remove them, or give the file of the second stage"
         )
     batch = None if config.calibration_inputs is None else read_calibration_inputs(config.calibration_inputs)
     weights = build_weights(contents, names, options)

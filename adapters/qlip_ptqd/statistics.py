@@ -276,7 +276,8 @@ def _sets(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[int |
     strange = sorted(tensors.keys() - {f"{name}.{part}" for name in names for part in _PARTS})
     if strange:
         raise ArtefactError(f"tensor {strange[0]!r} is no part of statistics")
-    return {_width(name): _set(name, tensors, tuple(timesteps)) for name in sorted(names)}
+    found = {_width(name): _set(name, tensors, tuple(timesteps)) for name in sorted(names)}
+    return {width: found[width] for width in sorted(found, key=lambda width: width or 0)}
 
 
 def _set(name: str, tensors: Mapping[str, Tensor], timesteps: tuple[int, ...]) -> StepStatistics:

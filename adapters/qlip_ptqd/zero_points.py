@@ -119,7 +119,8 @@ def read_side_file(path: Path) -> SideFile:
 
 def _number(path: Path, name: str, entry: Any, key: str, whole: bool) -> float:
     value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) >= 2**31:
+    # Python's JSON knows NaN, of which no comparison holds.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 2**31:
         value = None
     if value is not None and (not whole or value == int(value)):
         return float(value)

@@ -24,15 +24,22 @@ from qlip_plugins.grids import Ranges
 from qlip_plugins.packed import write_packed
 from qlip_plugins.state import CalibratedState
 
-BASES = ("packed", "qdiffusion")
+BASES = ("packed", "ptqd", "qdiffusion")
+SAME_MODEL = ("packed", "qdiffusion")
 
 
 def base_options(name: str, golden: Path, states: dict[str, CalibratedState], folder: Path) -> dict[str, Any]:
-    """The `base:` section of the golden W4A8 model as one of our base quantizers has it; the path comes first."""
+    """The `base:` section of a golden W4A8 model as one of our base quantizers has it; the path comes first."""
     if name == "packed":
         state = states["w4a8"]
         write_packed(folder / "packed", state.with_activations({}), {8: state.activations}, {}, "a test")
         return {"folder": folder / "packed", "activation_bits": 8}
+    if name == "ptqd":
+        theirs = golden / "ptqd" / "w4a8"
+        return {
+            "checkpoint": theirs / "quantw4a8_ldm_brecq.pth",
+            "zero_points": theirs / "quantizers.json",
+        }
     checkpoint = golden / "qdiffusion" / "w4a8" / "ckpt.pth"
     return {"checkpoint": checkpoint, "weight_bits": 4, "activation_bits": 8, "softmax_bits": 16}
 
@@ -105,7 +112,7 @@ def test_every_base_quantizer_of_ours_has_a_case() -> None:
 def test_both_bases_are_one_model(golden: Path, states: dict[str, CalibratedState], tmp_path: Path) -> None:
     """A controller or ranges made on one of them serve the other."""
     prints = set()
-    for name in BASES:
+    for name in SAME_MODEL:
         adapter = load_base_quantizer(name)
         config: Any = adapter.config_class
         prints.add(adapter.load(config(**base_options(name, golden, states, tmp_path))).fingerprint)

@@ -12,7 +12,10 @@ import qlip_plugins
 from qlip_plugins.recipe import Recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("qlip_plugins", "qlip_packed", "qlip_qdiffusion", "qlip_torch", "qlip_demo", "qlip_recipes")
+PACKAGES = (
+    *("qlip_plugins", "qlip_packed", "qlip_ptqd", "qlip_qdiffusion", "qlip_torch"),
+    *("qlip_demo", "qlip_recipes"),
+)
 
 
 def test_version_and_typing_marker() -> None:
@@ -42,8 +45,9 @@ def test_nothing_else_is_installed() -> None:
 
 def test_entry_points() -> None:
     groups = {
-        "qlip_plugins.base_quantizers": {"packed", "qdiffusion"},
+        "qlip_plugins.base_quantizers": {"packed", "ptqd", "qdiffusion"},
         "qlip_plugins.backends": {"torch"},
+        "qlip_plugins.corrections": {"ptqd"},
         "console_scripts": {"qlip-plugins"},
     }
     for group, names in groups.items():
@@ -61,7 +65,8 @@ def test_public_names_are_those_listed() -> None:
 
 
 def test_import_needs_no_torch() -> None:
-    code = "import sys, qlip_plugins, qlip_packed, qlip_qdiffusion, qlip_torch; print('torch' in sys.modules)"
+    names = "qlip_plugins, qlip_packed, qlip_ptqd, qlip_qdiffusion, qlip_torch"
+    code = f"import sys, {names}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -77,3 +82,13 @@ def test_ci_runs_the_readme_s_test_command() -> None:
         block = re.search(rf"<!-- {mark} -->\n```bash\n(.+)\n```", text)
         assert block is not None, f"the {mark} command is one line in a fenced block"
     assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_test_of_ptqd_has_its_place_in_tox() -> None:
+    """The other environment leaves these files out, so one that is not named would run nowhere."""
+    tests = ROOT / "tests"
+    files = [*tests.glob("*/test_ptqd_*.py"), tests / "library" / "test_calibration_ptqd.py"]
+    named = set(re.findall(r"tests/\S+\.py", (ROOT / "tox.ini").read_text()))
+    assert named == {path.relative_to(ROOT).as_posix() for path in files} | {
+        "tests/adapters/test_contract.py"
+    }

@@ -90,7 +90,7 @@ def test_the_schema_knows_every_section_and_the_adapter_s_options() -> None:
     assert set(schema["required"]) == {
         "schema_version", "model", "base", "backend", "activation_bits", "controller",
     }  # fmt: skip
-    assert "softmax_bits" in schema["$defs"]["qdiffusion"]["properties"]
+    assert "softmax_bits" in schema["$defs"]["base-qdiffusion"]["properties"]
     assert schema["additionalProperties"] is False
 
 
