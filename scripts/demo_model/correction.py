@@ -254,7 +254,8 @@ class Bench:
         path = self.out / f"exact-{eta:g}.safetensors"
         if not path.exists():
             save_file({"latents": self._latents(eta)}, path)
-        return load_file(path)["latents"]
+        latents: Tensor = load_file(path)["latents"]
+        return latents
 
     def _latents(self, eta: float) -> Tensor:
         prompts, found = self.prompts["pictures"][: self.limit], []
