@@ -493,12 +493,12 @@ def made_plan(pipe: Any, prompts: int) -> BitPlan:
 
 
 def far_apart(statistics: CorrectionStatistics) -> CorrectionStatistics:
-    """With far more error at few bits, so that each rule of mixing gives something else."""
+    """With far more error at few bits, and slopes of both signs: each rule of mixing gives something else."""
     factors = {8: 4.0, 16: 1.0, 32: 0.1}
     found: dict[int | None, StepStatistics] = {
         width: replace(
             statistics.widths[width],
-            slope=statistics.widths[width].slope + 0.1 * factor,
+            slope=statistics.widths[width].slope + 0.1 * factor - 0.15,
             deviation=statistics.widths[width].deviation * factor,
             bias=statistics.widths[width].bias * factor,
         )
@@ -536,6 +536,7 @@ def test_the_rows_are_mixed_by_the_written_rule(
                 found = scheduler.step(output, timestep, x).prev_sample[row]
                 expected = plain.step(right[None], timestep, x[row][None]).prev_sample[0]
                 assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+            assert float(rows.slope[0]) > 0 > float(rows.slope[1]), "and a negative one is not used"
             assert not torch.equal(rows.bias[0], rows.bias[1]), "each picture has its own correction"
 
 
