@@ -32,6 +32,7 @@ from qlip_plugins.layers import controlled
 from qlip_plugins.recipe import RangesSection, Recipe, StaticController, TableController
 from qlip_ptqd import CorrectedDDIMScheduler, CorrectionStatistics, PTQDCorrectionConfig, statistics_of_errors
 from qlip_ptqd.collecting import Collector
+from qlip_ptqd.following import interpolation
 from qlip_ptqd.statistics import StepStatistics
 
 SETTINGS = Settings(steps=4, guidance_scale=3.0)
@@ -510,7 +511,7 @@ def far_apart(statistics: CorrectionStatistics) -> CorrectionStatistics:
 def test_the_rows_are_mixed_by_the_written_rule(
     pipe: Any, statistics: CorrectionStatistics, tmp_path: Path
 ) -> None:
-    """Slope and bias: means over the controlled quantizers; deviation: root of the mean square."""
+    """By the mean width, between the two of the menu around it: slope and bias linear, the deviation geometric."""
     statistics, file, plan = far_apart(statistics), tmp_path / "apart.safetensors", made_plan(pipe, 2)
     statistics.save(file)
     plan.save(tmp_path / "plan.safetensors")
@@ -522,13 +523,17 @@ def test_the_rows_are_mixed_by_the_written_rule(
         scheduler = pipe.scheduler
         plain = DDIMScheduler.from_config(scheduler.config)
         plain.set_timesteps(SETTINGS.steps)
+        signs: list[list[bool]] = []
         for timestep in TIMESTEPS:
             rows = scheduler.following.rows(timestep, output)
             for row, widths in enumerate(plan.at(float(timestep)).tolist()):
-                each = [statistics.widths[width].at(timestep) for width in widths]
-                slope = sum(float(found[0]) for found in each) / len(each)
-                deviation = (sum(float(found[1]) ** 2 for found in each) / len(each)) ** 0.5
-                bias = sum((found[2] for found in each), start=torch.zeros(4).double()) / len(each)
+                mean = sum(widths) / len(widths)
+                low, high = (8, 16) if mean < 16 else (16, 32)
+                part = (mean - low) / (high - low)
+                (s0, d0, b0), (s1, d1, b1) = (statistics.widths[w].at(timestep) for w in (low, high))
+                slope = float(s0) + part * float(s1 - s0)
+                deviation = float(d0) * float(d1 / d0) ** part
+                bias = b0 + part * (b1 - b0)
                 assert float(rows.slope[row]) == pytest.approx(slope, rel=1e-5, abs=1e-9)
                 assert float(rows.deviation[row]) == pytest.approx(deviation, rel=1e-5)
                 assert torch.allclose(rows.bias[row].flatten().double(), bias, rtol=1e-5, atol=1e-9)
@@ -536,8 +541,16 @@ def test_the_rows_are_mixed_by_the_written_rule(
                 found = scheduler.step(output, timestep, x).prev_sample[row]
                 expected = plain.step(right[None], timestep, x[row][None]).prev_sample[0]
                 assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-            assert float(rows.slope[0]) > 0 > float(rows.slope[1]), "and a negative one is not used"
+            signs.append([float(slope) > 0 for slope in rows.slope])
             assert not torch.equal(rows.bias[0], rows.bias[1]), "each picture has its own correction"
+    assert {sign for row in signs for sign in row} == {True, False}, "slopes of both signs have been met"
+
+
+def test_interpolation() -> None:
+    """The two widths around a number of bits, and the end's alone beyond the ends."""
+    found = interpolation(torch.tensor([4.0, 5.0, 6.0, 7.5, 2.0, 32.0]).double(), (8, 4, 6))
+    expected = [[0, 1, 0], [0, 0.5, 0.5], [0, 0, 1], [0.75, 0, 0.25], [0, 1, 0], [1, 0, 0]]
+    assert torch.allclose(found, torch.tensor(expected).double())
 
 
 def test_a_picture_s_correction_is_that_of_its_own_plan(pipe: Any, file: Path, tmp_path: Path) -> None:
