@@ -82,13 +82,3 @@ def test_ci_runs_the_readme_s_test_command() -> None:
         block = re.search(rf"<!-- {mark} -->\n```bash\n(.+)\n```", text)
         assert block is not None, f"the {mark} command is one line in a fenced block"
     assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_every_test_of_ptqd_has_its_place_in_tox() -> None:
-    """The other environment leaves these files out, so one that is not named would run nowhere."""
-    tests = ROOT / "tests"
-    files = [*tests.glob("*/test_ptqd_*.py"), tests / "library" / "test_calibration_ptqd.py"]
-    named = set(re.findall(r"tests/\S+\.py", (ROOT / "tox.ini").read_text()))
-    assert named == {path.relative_to(ROOT).as_posix() for path in files} | {
-        "tests/adapters/test_contract.py"
-    }
