@@ -45,7 +45,7 @@ class Planner(Protocol):
         ...
 
     def digest(self) -> str:
-        """SHA-256 of all that its plans depend on."""
+        """SHA-256 of all that its plans depend on, given the text states."""
         ...
 
     def remove(self) -> None:
@@ -253,6 +253,7 @@ class BitController:
         self.state = state
         self.planner = planner
         self.ranges = ranges or Ranges()
+        self.removed = False
         self._schedulers: tuple[Any, Any] | None = None
         self._plan: BitPlan | None = None
         self._seen: tuple[Any, Any] = (None, None)
@@ -277,6 +278,7 @@ class BitController:
 
     def remove(self) -> None:
         """Take everything off the pipeline; a second call does nothing."""
+        self.removed = True
         self._handle.remove()
         if self._schedulers is not None and self.pipe.scheduler is self._schedulers[1]:
             self.pipe.scheduler = self._schedulers[0]
@@ -336,7 +338,7 @@ class BitController:
         if not self.planner.by_prompt:
             return 2 if (halves_equal if guided is None else guided) and rows % 2 == 0 else 1
         # Prompts of one batch may share their noise; then the word of the pipeline that is calling counts.
-        same_noise = guided is False and halves_equal and _is_calling(self.pipe)
+        same_noise = guided is False and halves_equal and is_calling(self.pipe)
         agreed = guided is not None and (bool(guided) == halves_equal or same_noise)
         if not agreed or states.shape[0] != rows:
             said = (
@@ -410,7 +412,7 @@ class _Shape:
     dtype: torch.dtype
 
 
-def _is_calling(pipe: Any) -> bool:
+def is_calling(pipe: Any) -> bool:
     """Whether a method of `pipe` is among the callers, so that what it says of itself is not stale."""
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:

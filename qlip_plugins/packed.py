@@ -255,7 +255,11 @@ def _most_common(widths: Mapping[str, int]) -> int:
 
 def _table(bits: int, state: CalibratedState) -> ActivationTable:
     softmax = {grid.bits for name, grid in state.operands.items() if name.endswith(".softmax")}
-    return ActivationTable(bits=bits, softmax_bits=max(softmax, default=None), fingerprint=state.fingerprint)
+    # A model without attention has no softmax that could be in floating point.
+    without = None if any(name.endswith(".to_q") for name in state.layers) else bits
+    return ActivationTable(
+        bits=bits, softmax_bits=max(softmax, default=without), fingerprint=state.fingerprint
+    )
 
 
 def _write_weights(path: Path, state: CalibratedState, others: Mapping[str, int]) -> None:

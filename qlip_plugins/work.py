@@ -80,12 +80,12 @@ def identity_of(pipe: Any, model: ModelSection, prompts: Sequence[str]) -> dict[
     """What sampling `prompts` with a pipeline depends on, as JSON can hold it; settings not included."""
     digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
     digest.update(json.dumps(dict(pipe.unet.config), sort_keys=True, default=str).encode())
-    for module in filter(None, (pipe.unet, getattr(pipe, "text_encoder", None))):
+    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    for module in filter(None, (pipe.unet, *encoders)):
         for name, tensor in module.state_dict().items():
             raw = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
             digest.update(name.encode() + raw.tobytes())
-    tokenizer = getattr(pipe, "tokenizer", None)
-    if tokenizer is not None:
+    for tokenizer in filter(None, (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))):
         digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     table = model.prompt_embeddings
     return {

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from qlip_plugins.adapter import CorrectionFit
 from qlip_plugins.artefacts import read_tensors, write_tensors
-from qlip_plugins.controller import apply_base, load_base
-from qlip_plugins.errors import ArtefactError, IncompatibleModelError, RecipeError
+from qlip_plugins.controller import Planner, apply_base, load_base
+from qlip_plugins.errors import ArtefactError, RecipeError
 from qlip_plugins.generation import load_pipeline, placed, sample_model
 from qlip_plugins.progress import counted
 from qlip_plugins.recipe import FULL_PRECISION, Recipe, StaticController
@@ -30,7 +31,7 @@ from qlip_plugins.work import WorkFolder, identity_of
 
 from .following import validity_of
 from .moments import Moments
-from .scheduler import check_ddim, schedule_facts
+from .scheduler import check_ddim, ddim_config, schedule_facts
 from .statistics import CorrectionStatistics, Validity
 
 WORK = "correction"
@@ -47,7 +48,15 @@ class _Leading(DDIMScheduler):  # type: ignore[misc]
         self.predictions: list[Tensor] = []
         self.way: list[Tensor] = []
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
         """See diffusers; eta is 0."""
         place = len(self.predictions)
         self.predictions.append(model_output.detach())
@@ -56,7 +65,7 @@ class _Leading(DDIMScheduler):  # type: ignore[misc]
         else:
             after = self.given[place]
         self.way.append(after)
-        return (after,)
+        return DDIMSchedulerOutput(prev_sample=after) if return_dict else (after,)
 
 
 @dataclass(frozen=True)
@@ -114,13 +123,7 @@ def leading(scheduler: Any) -> _Leading:
     Raises:
         IncompatibleModelError: the correction is not defined for it.
     """
-    if "beta_start" not in scheduler.config:
-        raise IncompatibleModelError(
-            f"{type(scheduler).__name__} has no betas: the correction is defined for DDIM, on a schedule of them"
-        )
-    made: _Leading = _Leading.from_config(
-        scheduler.config, clip_sample=scheduler.config.get("clip_sample", False)
-    )
+    made = _Leading(**ddim_config(scheduler.config))
     check_ddim(made.config)
     return made
 
@@ -131,11 +134,14 @@ def fit(what: CorrectionFit, say: Callable[[str], None]) -> dict[str, Any]:
     recipe = what.recipe.model_copy(update={"correction": None})
     pipe = placed(load_pipeline(recipe), what.settings)
     state = load_base(recipe, pipe.unet)
-    collector = Collector(pipe, recipe, state, variants_of(recipe, state, what.own_plan))
-    validity = _validity(collector, what)
+    with apply_base(pipe, recipe, state) as controller:
+        own = validity_of(recipe, controller)
+        variants = variants_of(recipe, controller.planner, what.own_plan)
+    collector = Collector(pipe, recipe, state, variants)
+    validity = _validity(collector, what, own)
     identity = {
         **identity_of(pipe, recipe.model, what.prompts),
-        "base": state.fingerprint,
+        "validity": asdict(validity),
         "recipe": recipe.model_dump(mode="json", exclude={"description"}),
         "settings": asdict(what.settings),
         "variants": list(collector.variants),
@@ -164,49 +170,38 @@ def _check(what: CorrectionFit) -> None:
         raise RecipeError(f"eta is {what.settings.eta:g}: statistics are collected at 0, and serve any")
 
 
-def _validity(collector: Collector, what: CorrectionFit) -> Validity:
+def _validity(collector: Collector, what: CorrectionFit, own: Validity) -> Validity:
     """What the statistics will hold for; a variant that cannot be applied is found out here, before the work."""
-    pipe, recipe, state = collector.pipe, collector.recipe, collector.state
+    pipe, state = collector.pipe, collector.state
     facts = schedule_facts(leading(pipe.scheduler).config)
     for variant in collector.variants.values():
         apply_base(pipe, variant, state).remove()
-    with apply_base(pipe, recipe, state) as controller:
-        found = validity_of(recipe, controller)
     return replace(
-        found,
-        plan=found.plan if what.own_plan else None,
+        own,
+        plan=own.plan if what.own_plan else None,
         guidance_scale=max(1.0, what.settings.guidance_scale),
         steps=what.settings.steps,
         schedule=facts,
     )
 
 
-def variants_of(recipe: Recipe, state: CalibratedState, own_plan: bool) -> dict[str, Recipe]:
-    """The recipes to run a base with: each width of the menu and of the controller, or the recipe as it is.
+def variants_of(recipe: Recipe, planner: Planner, own_plan: bool) -> dict[str, Recipe]:
+    """The recipes to run a base with: each width of the menu and of the planner, or the recipe as it is.
 
     Raises:
         RecipeError: a plan of its own was asked of a base without activation quantizers.
     """
-    if own_plan:
-        if not state.activations:
+    if not planner.layers:
+        if own_plan:
             raise RecipeError("the base quantizes no activations, so there is no plan to follow")
-        return {_PLAN: recipe}
-    if not state.activations:
         return {str(FULL_PRECISION): recipe}
-    widths = set(recipe.activation_bits.widths) | _static_widths(recipe, state)
+    if own_plan:
+        return {_PLAN: recipe}
+    widths = set(recipe.activation_bits.widths).union(*map(planner.widths, planner.layers))
     return {
         str(bits): recipe.model_copy(update={"controller": StaticController(kind="static", bits=bits)})
         for bits in sorted(widths)
     }
-
-
-def _static_widths(recipe: Recipe, state: CalibratedState) -> set[int]:
-    if not isinstance(recipe.controller, StaticController):
-        return set()
-    if recipe.controller.bits != "base":
-        return {recipe.controller.bits}
-    operands = set() if recipe.attention == "controlled" else set(state.operands)
-    return {grid.bits for name, grid in state.activations.items() if name not in operands}
 
 
 def _all_moments(collector: Collector, what: CorrectionFit, folder: WorkFolder) -> dict[str, Moments]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qlip_plugins.controller import is_calling
 from qlip_plugins.errors import IncompatibleModelError
 from qlip_plugins.recipe import FULL_PRECISION, Recipe
 
@@ -86,9 +87,22 @@ class Following:
             )
 
     def found(self) -> Validity:
-        """What is known of the present use; nothing but by a recipe."""
+        """What is known of the present use; nothing but by a recipe.
+
+        Raises:
+            IncompatibleModelError: the recipe has been removed, or another pipeline is calling.
+        """
         if self._controller is None:
             return self.validity
+        if self._controller.removed:
+            raise IncompatibleModelError(
+                "this scheduler corrects the error of a recipe that has been removed: take another scheduler"
+            )
+        if self._statistics.validity.guidance_scale is not None and not is_calling(self._controller.pipe):
+            raise IncompatibleModelError(
+                f"{self._statistics.source}: holds for guidance {self._statistics.validity.guidance_scale:g}, and the "
+                "guidance of this call is not known: call the pipeline that the recipe was applied to"
+            )
         return replace(self.validity, guidance_scale=guidance_of(self._controller.pipe))
 
     def rows(self, timestep: int, prediction: Tensor) -> Rows:

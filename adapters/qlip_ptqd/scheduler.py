@@ -8,6 +8,7 @@ plus a bias in each channel, plus noise of a known deviation.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ class CorrectedDDIMScheduler(DDIMScheduler):  # type: ignore[misc]
     Args:
         statistics: of the error, or where they are: a file of ours, or PTQD's `correct_data` folder.
         bits: whose of the statistics to use, where there are several and no recipe steers the bits.
-        beta_start: the others are diffusers' own; `clip_sample` is off unless asked for.
+        beta_start: this and the others are DDIM's own options; by default the schedule of latent diffusion.
 
     Raises:
         ArtefactError: the statistics are missing, damaged or refused.
@@ -95,6 +96,11 @@ class CorrectedDDIMScheduler(DDIMScheduler):  # type: ignore[misc]
         self.statistics = statistics
         self.following = Following(statistics, bits)
         self._check(Validity(schedule=schedule_facts(self.config)))
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
+        """See diffusers; `statistics` among the options. The schedule is that of `config`, its defaults included."""
+        return super().from_config(ddim_config(config), return_unused_kwargs, **options)
 
     def follow(self, recipe: Recipe, controller: BitController) -> None:
         """Take the widths from a recipe's controller from now on.
@@ -217,15 +223,31 @@ def schedule_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """DDIM's options on the schedule of any scheduler's configuration.
+
+    What another solver does not have is set as for Stable Diffusion: no clipping, and the first alpha of the
+    schedule at the end.
+
+    Raises:
+        IncompatibleModelError: it has no schedule of betas.
+    """
+    if "beta_start" not in config:
+        name = config.get("_class_name", "the scheduler")
+        raise IncompatibleModelError(
+            f"{name} has no betas: the correction is defined for DDIM, on a schedule of them"
+        )
+    options = inspect.signature(DDIMScheduler.__init__).parameters
+    defaults = {name: option.default for name, option in options.items() if name != "self"}
+    defaults |= {"clip_sample": False, "set_alpha_to_one": False}
+    # Not by diffusers' own merging: it forgets values that were defaults elsewhere.
+    return {name: config.get(name, default) for name, default in defaults.items()}
+
+
 def corrected(scheduler: Any, statistics: CorrectionStatistics) -> CorrectedDDIMScheduler:
     """A corrected DDIM scheduler on the schedule of another one.
 
     Raises:
         IncompatibleModelError: the other has no such schedule, or the statistics do not hold for it.
     """
-    if "beta_start" not in scheduler.config:
-        raise IncompatibleModelError(
-            f"{type(scheduler).__name__} has no betas: the correction is defined for DDIM, on a schedule of them"
-        )
-    made: CorrectedDDIMScheduler = CorrectedDDIMScheduler.from_config(scheduler.config, statistics=statistics)
-    return made
+    return CorrectedDDIMScheduler(**ddim_config(scheduler.config), statistics=statistics)

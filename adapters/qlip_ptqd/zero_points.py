@@ -255,10 +255,10 @@ def initial_grids(
             "the zero points come from a run of the model, and this one is on the meta device"
         )
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    installed = load_backend(BACKEND).install(denoiser, to_nearest(weights))
-    handles = []
     model: Any = denoiser
     processors = model.attn_processors
+    installed = load_backend(BACKEND).install(denoiser, to_nearest(weights))
+    handles = []
     try:
         # Written out, as LDM computes it: the fused kernels of other processors round otherwise.
         model.set_attn_processor(QuantizedAttnProcessor(*[_unquantized] * 4))

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from qlip_plugins import BitPlan, load_backend, load_base_quantizer
@@ -28,12 +33,15 @@ from qlip_plugins.errors import (
     RecipeError,
 )
 from qlip_plugins.generation import Settings, load_pipeline, noise_seeds, sample
+from qlip_plugins.grids import Ranges
 from qlip_plugins.layers import controlled
-from qlip_plugins.recipe import RangesSection, Recipe, StaticController, TableController
+from qlip_plugins.recipe import ActivationBits, RangesSection, Recipe, StaticController, TableController
 from qlip_ptqd import CorrectedDDIMScheduler, CorrectionStatistics, PTQDCorrectionConfig, statistics_of_errors
-from qlip_ptqd.collecting import Collector
+from qlip_ptqd.collecting import Collector, leading
 from qlip_ptqd.following import interpolation
-from qlip_ptqd.statistics import StepStatistics
+from qlip_ptqd.scheduler import corrected as corrected_scheduler
+from qlip_ptqd.scheduler import schedule_facts
+from qlip_ptqd.statistics import StepStatistics, Validity
 
 SETTINGS = Settings(steps=4, guidance_scale=3.0)
 TIMESTEPS = (1, 251, 501, 751)
@@ -512,7 +520,9 @@ def test_the_rows_are_mixed_by_the_written_rule(
     pipe: Any, statistics: CorrectionStatistics, tmp_path: Path
 ) -> None:
     """By the mean width, between the two of the menu around it: slope and bias linear, the deviation geometric."""
-    statistics, file, plan = far_apart(statistics), tmp_path / "apart.safetensors", made_plan(pipe, 2)
+    # Without a guidance that they hold for, steps may be taken outside of the pipeline.
+    free = replace(statistics, validity=replace(statistics.validity, guidance_scale=None))
+    statistics, file, plan = far_apart(free), tmp_path / "apart.safetensors", made_plan(pipe, 2)
     statistics.save(file)
     plan.save(tmp_path / "plan.safetensors")
     recipe = golden_recipe(controller=TableController(kind="table", plan=tmp_path / "plan.safetensors"))
@@ -610,14 +620,95 @@ def test_one_width_throughout_is_that_width_s_statistics(
 def test_other_pictures_than_the_plan_has(pipe: Any, file: Path) -> None:
     recipe = corrected(golden_recipe(), file)
     with apply(pipe, recipe):
-        pipe.scheduler.set_timesteps(SETTINGS.steps)
-        pipe._guidance_scale = 3.0
-        output = torch.zeros(2, 4, 8, 8)
+        output, following = torch.zeros(2, 4, 8, 8), pipe.scheduler.following
         with pytest.raises(IncompatibleModelError, match="steps 2 pictures, the recipe has no plan yet"):
-            pipe.scheduler.step(output, 751, output)
+            following.rows(751, output)
         run(pipe, recipe)
         with pytest.raises(IncompatibleModelError, match="steps 2 pictures, the recipe has a plan of 3"):
-            pipe.scheduler.step(output, 751, output)
+            following.rows(751, output)
+
+
+def test_a_pipeline_that_shares_the_scheduler_is_refused(pipe: Any, file: Path) -> None:
+    """Its guidance is its own; and once the recipe is gone, so is what the scheduler corrects."""
+    recipe = corrected(static(8), file)
+    with apply(pipe, recipe):
+        run(pipe, recipe)
+        parts = {name: part for name, part in pipe.components.items()}
+        other = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        with pytest.raises(IncompatibleModelError, match="call the pipeline that the recipe was applied to"):
+            run(other, recipe, replace(SETTINGS, guidance_scale=7.5))
+    with pytest.raises(IncompatibleModelError, match="a recipe that has been removed"):
+        run(other, recipe)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"),
+        DDIMScheduler(clip_sample=False),
+        DDIMScheduler(beta_start=0.001, beta_end=0.02, set_alpha_to_one=False, clip_sample=False),
+        DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012),
+    ],
+    ids=["euler", "ddim's defaults", "ddim", "dpm"],
+)
+def test_one_schedule_from_collecting_to_sampling(
+    scheduler: Any, statistics: CorrectionStatistics, tmp_path: Path
+) -> None:
+    """What statistics are collected on is what they are used on, whatever the pipeline's own solver."""
+    led = leading(scheduler)
+    validity = Validity(schedule=schedule_facts(led.config))
+    for made in (
+        corrected_scheduler(scheduler, replace(statistics, validity=validity)),
+        CorrectedDDIMScheduler.from_config(
+            scheduler.config, statistics=replace(statistics, validity=validity), bits=8
+        ),
+    ):
+        assert torch.equal(made.alphas_cumprod, led.alphas_cumprod)
+        assert torch.allclose(made.alphas_cumprod, scheduler.alphas_cumprod)
+        assert made.final_alpha_cumprod == led.final_alpha_cumprod
+        assert made.config.steps_offset == led.config.steps_offset == scheduler.config.steps_offset
+        assert made.config.timestep_spacing == scheduler.config.timestep_spacing
+
+
+def test_a_table_beyond_the_menu_is_collected(pipe: Any, tmp_path: Path) -> None:
+    plan = made_plan(pipe, 1)
+    BitPlan(torch.full_like(plan.bits, 32), plan.timesteps, plan.layers).save(tmp_path / "plan.safetensors")
+    menu = ActivationBits(low=6, medium=8, high=16)
+    recipe = golden_recipe(
+        controller=TableController(kind="table", plan=tmp_path / "plan.safetensors"),
+        activation_bits=menu,
+        ranges=RangesSection(keep_calibrated=True),
+    )
+    out = fit(tmp_path, recipe, prompts=("row 0",), batch=1)
+    assert list(CorrectionStatistics.load(out).widths) == [6, 8, 16, 32]
+    with apply(pipe, corrected(recipe, out)):
+        run(pipe, recipe, prompts=("row 0",))
+
+
+def test_other_ranges_are_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies at the path of the ranges counts, not its name."""
+    section = golden_recipe().ranges
+    assert section is not None
+    assert section.table is not None
+    ranges = Ranges.load(section.table)
+    table = tmp_path / "ranges.safetensors"
+    ranges.save(table)
+    recipe = golden_recipe(ranges=RangesSection(table=table))
+    monkeypatch.setattr(Collector, "collect", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, recipe)
+    wider = {
+        name: {width: replace(grid, scale=2 * grid.scale) for width, grid in grids.items()}
+        for name, grids in ranges.fitted.items()
+    }
+    replace(ranges, fitted=wider).save(table)
+    with pytest.raises(RecipeError, match=r"begun otherwise.*ranges_digest"):
+        fit(tmp_path, recipe)
+
+
+def _interrupted(*given: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_a_timestep_outside_the_plan(pipe: Any, file: Path, tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_a_scheduler_without_betas_is_refused(golden: Path) -> None:
     class Without:
         config: Mapping[str, Any] = {}
 
-    with pytest.raises(IncompatibleModelError, match="Without has no betas"):
+    with pytest.raises(IncompatibleModelError, match="has no betas"):
         corrected(Without(), CorrectionStatistics.load(folder_of(golden, "w4a8")))
 
 
