@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        _say("interrupted; nothing was left half-written")
+        _say(
+            "interrupted; nothing was left half-written (calibrate and fit-correction go on where they stopped)"
+        )
         return 130
     return code
 

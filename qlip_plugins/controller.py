@@ -159,6 +159,7 @@ class Report:
         steps: distinct timesteps.
         controlled: K by kind of layer.
         plan_digest: SHA-256 of the plan.
+        sampler: the scheduler's class, and in whose place it stands.
         range_losses: quantizer -> width -> shares clipped and zeroed, since the recipe was applied, at
             widths that had to keep the calibrated range.
     """
@@ -169,6 +170,7 @@ class Report:
     steps: int
     controlled: dict[str, int]
     plan_digest: str
+    sampler: str
     range_losses: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,6 +182,7 @@ class Report:
         lines = [
             f"K = {sum(self.controlled.values())} controlled quantizers ({kinds})",
             f"{self.steps} steps, {self.calls} calls of the denoiser; BitOPs are simulated",
+            *([f"sampled with {self.sampler}"] if " " in self.sampler else []),
             "prompt  quality     FAB  FAB by MACs  BitOPs paper (T)  BitOPs full (T)",
             *(_row(str(index), cost) for index, cost in enumerate(self.prompts)),
         ]
@@ -308,7 +311,14 @@ class BitController:
             steps=len({timestep for timestep, _ in self._visits}),
             controlled=count_by_kind(self._plan.layers),
             plan_digest=self._plan.digest(),
+            sampler=self._sampler(),
             range_losses=self._range_losses(),
+        )
+
+    def _sampler(self) -> str:
+        name = type(self.pipe.scheduler).__name__
+        return (
+            name if self._schedulers is None else f"{name} in place of {type(self._schedulers[0]).__name__}"
         )
 
     def before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

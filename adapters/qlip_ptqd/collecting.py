@@ -22,6 +22,7 @@ from torch import Tensor
 from qlip_plugins.adapter import CorrectionFit
 from qlip_plugins.artefacts import read_tensors, write_tensors
 from qlip_plugins.controller import Planner, apply_base, load_base
+from qlip_plugins.embeddings import PromptEmbeddings
 from qlip_plugins.errors import ArtefactError, RecipeError
 from qlip_plugins.generation import load_pipeline, placed, sample_model
 from qlip_plugins.progress import counted
@@ -131,6 +132,9 @@ def leading(scheduler: Any) -> _Leading:
 def fit(what: CorrectionFit, say: Callable[[str], None]) -> dict[str, Any]:
     """See `qlip_plugins.adapter.Correction.fit`."""
     _check(what)
+    table = what.recipe.model.prompt_embeddings
+    if table is not None:
+        PromptEmbeddings.load(table).of([*what.prompts, ""])
     recipe = what.recipe.model_copy(update={"correction": None})
     pipe = placed(load_pipeline(recipe), what.settings)
     state = load_base(recipe, pipe.unet)
@@ -149,6 +153,9 @@ def fit(what: CorrectionFit, say: Callable[[str], None]) -> dict[str, Any]:
     }
     folder = WorkFolder(what.work, WORK, VERSION, identity)
     say(f"{len(what.prompts)} prompts, each once in floating point and at {', '.join(collector.variants)}")
+    finished = len(list(folder.path.glob("prompts-*.safetensors")))
+    if finished:
+        say(f"{finished} batches of {what.batch} prompts were finished before")
     moments = _all_moments(collector, what, folder)
     with _led(pipe) as scheduler:
         scheduler.set_timesteps(what.settings.steps)

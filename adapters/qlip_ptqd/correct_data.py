@@ -50,9 +50,12 @@ def read_correct_data(folder: Path) -> CorrectionStatistics:
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
+        inside = sorted(found.name for found in folder.glob("*/") if (found / SLOPES).is_file())
+        hint = f" ({inside[0]} inside has one: name that)" if inside else ""
         raise ArtefactError(
-            f"{folder}: no {' and no '.join(missing)}. Expected a folder of PTQD's statistics: {SLOPES} (slopes by "
-            f"timestep), {DEVIATIONS} (standard deviations by timestep) and {BIASES} (a row of channels a timestep)"
+            f"{folder}: no {' and no '.join(missing)}{hint}. Expected a folder of PTQD's statistics: "
+            f"{SLOPES} (slopes by timestep), {DEVIATIONS} (standard deviations by timestep) and "
+            f"{BIASES} (a row of channels a timestep)"
         )
     slopes = _read_dict(folder / SLOPES, _Scalar)
     deviations = _read_dict(folder / DEVIATIONS, _Tensor)

@@ -60,6 +60,10 @@ class Following:
     """
 
     def __init__(self, statistics: CorrectionStatistics, bits: int | None) -> None:
+        if bits is not None and None in statistics.widths:
+            raise IncompatibleModelError(
+                f"{statistics.source}: one set of statistics whatever the bits, so leave `bits` out, found {bits}"
+            )
         if bits is not None and bits not in statistics.widths:
             raise IncompatibleModelError(
                 f"{statistics.source}: no statistics for {bits} bits, only for {_listed(statistics)}"

@@ -376,6 +376,7 @@ def test_the_scheduler_is_replaced_and_given_back(pipe: Any, file: Path) -> None
         assert isinstance(pipe.scheduler, CorrectedDDIMScheduler)
         first = run(pipe, recipe)
         assert not torch.equal(first, plain)
+        assert "sampled with CorrectedDDIMScheduler in place of PNDMScheduler" in str(controller.report())
         assert torch.equal(run(pipe, recipe), first)
         controller.remove()
         assert pipe.scheduler is original

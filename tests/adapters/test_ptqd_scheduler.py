@@ -253,7 +253,7 @@ def test_wrong_uses_are_refused(golden: Path) -> None:
         CorrectedDDIMScheduler(statistics=folder, timestep_spacing="trailing").set_timesteps(STEPS)
     with pytest.raises(ArtefactError, match="neither a file nor a folder"):
         CorrectedDDIMScheduler(statistics=folder / "nothing")
-    with pytest.raises(IncompatibleModelError, match="no statistics for 6 bits"):
+    with pytest.raises(IncompatibleModelError, match="leave `bits` out, found 6"):
         CorrectedDDIMScheduler(statistics=folder, bits=6)
 
 
