@@ -255,7 +255,7 @@ class Correction(Protocol):
             say: called with remarks.
 
         Returns:
-            Facts for people.
+            Facts for people; a mapping among them is a table, row by row name -> number by column.
 
         Raises:
             QlipError: any; what can be known beforehand is checked before the work.

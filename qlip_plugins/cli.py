@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to write (default demo-out); an earlier demo is replaced",
     )
     _add_sampler(demo, guidance=3.0)
-    demo.set_defaults(run=_demo, dtype="float32")
+    demo.set_defaults(run=_demo, dtype="float32", eta=0.0)
 
     inspect = verbs.add_parser(
         "inspect", parents=[common], help="say what a checkpoint is, and how to load it"
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     fit = verbs.add_parser("fit-ranges", parents=[common], help="fit activation ranges for a recipe's menu")
     _add_sampling(fit)
     fit.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    fit.set_defaults(run=_fit_ranges)
+    fit.set_defaults(run=_fit_ranges, eta=0.0)
 
     _add_calibrate(verbs, common)
 
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
     )
     _add_sampler(correction)
-    correction.set_defaults(run=_fit_correction, dtype="float32")
+    correction.set_defaults(run=_fit_correction, dtype="float32", eta=0.0)
 
     doctor = verbs.add_parser("doctor", parents=[common], help="say which hosts and adapters are usable")
     doctor.set_defaults(run=_doctor)
@@ -400,7 +400,7 @@ def _settings(options: argparse.Namespace) -> Any:
         seed=options.seed,
         device=options.device,
         dtype=options.dtype,
-        eta=getattr(options, "eta", 0.0),
+        eta=options.eta,
     )
 
 
@@ -477,9 +477,11 @@ def _fit_correction(options: argparse.Namespace) -> int:
     )
     facts = load_correction(options.method).fit(what, _say)
     lines = [f"{key}: {value}" for key, value in facts.items() if not isinstance(value, dict)]
+    tables = [value for value in facts.values() if isinstance(value, dict)]
     lines += [
         f"{name}: " + ", ".join(f"{part} {value:.2e}" for part, value in row.items())
-        for name, row in facts.get("means_over_timesteps", {}).items()
+        for table in tables
+        for name, row in table.items()
     ]
     _print(facts, "\n".join(lines), options.json)
     _say(f"use it with `correction: {{adapter: {options.method}, statistics: {out}}}`")

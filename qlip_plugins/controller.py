@@ -159,7 +159,8 @@ class Report:
         steps: distinct timesteps.
         controlled: K by kind of layer.
         plan_digest: SHA-256 of the plan.
-        sampler: the scheduler's class, and in whose place it stands.
+        scheduler: class of the one that sampled.
+        replaced_scheduler: class of the pipeline's own, where a correction put the other in its place.
         range_losses: quantizer -> width -> shares clipped and zeroed, since the recipe was applied, at
             widths that had to keep the calibrated range.
     """
@@ -170,7 +171,8 @@ class Report:
     steps: int
     controlled: dict[str, int]
     plan_digest: str
-    sampler: str
+    scheduler: str
+    replaced_scheduler: str | None
     range_losses: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,7 +184,11 @@ class Report:
         lines = [
             f"K = {sum(self.controlled.values())} controlled quantizers ({kinds})",
             f"{self.steps} steps, {self.calls} calls of the denoiser; BitOPs are simulated",
-            *([f"sampled with {self.sampler}"] if " " in self.sampler else []),
+            *(
+                [f"sampled with {self.scheduler} in place of {self.replaced_scheduler}"]
+                if self.replaced_scheduler
+                else []
+            ),
             "prompt  quality     FAB  FAB by MACs  BitOPs paper (T)  BitOPs full (T)",
             *(_row(str(index), cost) for index, cost in enumerate(self.prompts)),
         ]
@@ -311,14 +317,9 @@ class BitController:
             steps=len({timestep for timestep, _ in self._visits}),
             controlled=count_by_kind(self._plan.layers),
             plan_digest=self._plan.digest(),
-            sampler=self._sampler(),
+            scheduler=type(self.pipe.scheduler).__name__,
+            replaced_scheduler=self._schedulers and type(self._schedulers[0]).__name__,
             range_losses=self._range_losses(),
-        )
-
-    def _sampler(self) -> str:
-        name = type(self.pipe.scheduler).__name__
-        return (
-            name if self._schedulers is None else f"{name} in place of {type(self._schedulers[0]).__name__}"
         )
 
     def before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

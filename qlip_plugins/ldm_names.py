@@ -11,6 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ArtefactError
 
 _TOP = {
     "time_embed.0": "time_embedding.linear_1",
@@ -68,6 +71,22 @@ def diffusers_names(ldm_modules: Iterable[str]) -> dict[str, str]:
     paths = list(ldm_modules)
     blocks = _homes(_children(paths))
     return {path: _translate(path, blocks) for path in paths}
+
+
+def names_in_file(path: Path, parameters: Iterable[str]) -> dict[str, str]:
+    """`diffusers_names` of every module that a checkpoint has parameters of.
+
+    Args:
+        path: of the checkpoint, for messages.
+        parameters: LDM names of its parameters, without a prefix.
+
+    Raises:
+        ArtefactError: the modules are not those of a UNetModel that diffusers can express.
+    """
+    try:
+        return diffusers_names(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    except LayoutError as error:
+        raise ArtefactError(f"{path}: {error}") from None
 
 
 def ldm_names(diffusers_modules: Iterable[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Collector:
     pipe: Any
     recipe: Recipe
     state: CalibratedState
-    variants: Mapping[str, Recipe] = field(default_factory=dict)
+    variants: Mapping[str, Recipe]
 
     def collect(self, what: CorrectionFit, first: int, done: Callable[[str], None]) -> dict[str, Moments]:
         """The moments of `what.batch` prompts from number `first` on, by variant."""

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from qlip_plugins.adapter import Inspection
+from qlip_plugins.ldm_names import names_in_file
 
 from .contents import Contents, read_contents
 from .options import possible_weight_bits, widths_in_name
-from .reader import FORMAT, map_names
+from .reader import FORMAT
 from .zero_points import HOW_TO
 
 
 def inspect(path: Path) -> Inspection:
     """See `BaseQuantizer.inspect`."""
     contents = read_contents(path)
-    names = map_names(contents)
+    names = names_in_file(contents.path, contents.floats)
     possible = possible_weight_bits(contents)
     weight_bits = possible[0] if len(possible) == 1 else None
     named = widths_in_name(path)

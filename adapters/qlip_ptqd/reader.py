@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-
-from torch import nn
 
 from qlip_plugins.errors import ArtefactError
 from qlip_plugins.grids import ActGrid
-from qlip_plugins.ldm_names import LayoutError, diffusers_names
+from qlip_plugins.ldm_names import names_in_file
 from qlip_plugins.progress import progress
 from qlip_plugins.state import CalibratedLayer, CalibratedState, WeightPart
 
@@ -31,7 +29,7 @@ def load(config: PTQDConfig) -> CalibratedState:
             f"{config.checkpoint}: a file of the first stage holds weights only, so zero points have no use: "
             "remove them, or give the file of the second stage"
         )
-    names = map_names(contents)
+    names = names_in_file(contents.path, contents.floats)
     side = None if config.zero_points is None else read_side_file(config.zero_points)
     if side is not None:
         side.check_belongs(contents)
@@ -50,20 +48,7 @@ def load(config: PTQDConfig) -> CalibratedState:
     assert batch is not None
     assert config.calibration_inputs is not None
     find = finder(config.calibration_inputs, batch, weights, steps)
-    return replace(weights, to_complete=_checked(str(config.calibration_inputs), find))
-
-
-def map_names(contents: Contents) -> dict[str, str]:
-    """LDM module path -> diffusers module path, for every module of the file.
-
-    Raises:
-        ArtefactError: the modules are not those of a UNetModel that diffusers can express.
-    """
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in contents.floats)
-    try:
-        return diffusers_names(modules)
-    except LayoutError as error:
-        raise ArtefactError(f"{contents.path}: {error}") from None
+    return replace(weights, to_complete=find)
 
 
 def build_weights(contents: Contents, names: Mapping[str, str], options: Options) -> CalibratedState:
@@ -117,14 +102,3 @@ def _grids(
     grids = {name: ActGrid.asymmetric(bits, step, points[name]) for name, (bits, step) in steps.items()}
     check_zero_points(str(side.path), grids)
     return grids
-
-
-def _checked(
-    where: str, find: Callable[[nn.Module], dict[str, ActGrid]]
-) -> Callable[[nn.Module], dict[str, ActGrid]]:
-    def checked(denoiser: nn.Module) -> dict[str, ActGrid]:
-        grids = find(denoiser)
-        check_zero_points(where, grids)
-        return grids
-
-    return checked

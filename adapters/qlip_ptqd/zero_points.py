@@ -214,6 +214,7 @@ def finder(
             name: ActGrid.asymmetric(bits, step, int(found[name][1])) for name, (bits, step) in steps.items()
         }
         _check_steps(path, {name: (float(found[name][0]), grid) for name, grid in grids.items()})
+        check_zero_points(str(path), grids)
         return grids
 
     return find

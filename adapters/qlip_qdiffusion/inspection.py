@@ -7,17 +7,18 @@ from typing import Any
 
 from qlip_plugins.adapter import Inspection
 from qlip_plugins.errors import ArtefactError
+from qlip_plugins.ldm_names import names_in_file
 
 from .config import QDiffusionConfig
 from .contents import Contents, read_contents
 from .options import RECORD, possible_weight_bits, read_record, resolve
-from .reader import FORMAT, map_names
+from .reader import FORMAT
 
 
 def inspect(path: Path) -> Inspection:
     """See `BaseQuantizer.inspect`."""
     contents = read_contents(path)
-    names = map_names(contents)
+    names = names_in_file(contents.path, contents.floats)
     record = read_record(path.parent / RECORD)
     possible = possible_weight_bits(contents)
     weight_bits = possible[0] if possible is not None and len(possible) == 1 else None

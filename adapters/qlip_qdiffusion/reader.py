@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qlip_plugins.errors import ArtefactError
 from qlip_plugins.grids import ActGrid
-from qlip_plugins.ldm_names import LayoutError, diffusers_names
+from qlip_plugins.ldm_names import names_in_file
 from qlip_plugins.state import CalibratedLayer, CalibratedState, WeightPart
 
 from .config import QDiffusionConfig
@@ -23,22 +22,9 @@ _OPERAND = {"q": "q", "k": "k", "v": "v", "w": "softmax"}
 def load(config: QDiffusionConfig) -> CalibratedState:
     """Read a checkpoint; see `BaseQuantizer.load`."""
     contents = read_contents(config.checkpoint)
-    names = map_names(contents)
+    names = names_in_file(contents.path, contents.floats)
     options = resolve(config, contents)
     return build_state(contents, names, options)
-
-
-def map_names(contents: Contents) -> dict[str, str]:
-    """LDM module path -> diffusers module path, for every module of the file.
-
-    Raises:
-        ArtefactError: the modules are not those of a UNetModel that diffusers can express.
-    """
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in contents.floats)
-    try:
-        return diffusers_names(modules)
-    except LayoutError as error:
-        raise ArtefactError(f"{contents.path}: {error}") from None
 
 
 def build_state(contents: Contents, names: Mapping[str, str], options: Options) -> CalibratedState:

@@ -313,7 +313,8 @@ def table(options: argparse.Namespace) -> None:
         if kind != "errors"
     ]
     rule = {name: rule_row(options.out, name) for name in FITS}
-    write_json(NUMBERS, {"errors": errors, "pictures": pictures, "rule": rule})
+    slopes = {name: slope_ranges(options.out, name) for name in FITS}
+    write_json(NUMBERS, {"errors": errors, "pictures": pictures, "rule": rule, "slopes": slopes})
     text = DOCS.read_text(encoding="utf-8")
     tables = {
         "errors": errors_lines(errors),
@@ -385,6 +386,19 @@ def rule_row(folder: Path, name: str) -> dict[str, dict[str, float]]:
             "bias": rms((weights[..., None] * bias).sum(1) - truth.bias),
         }
     return row
+
+
+def slope_ranges(folder: Path, name: str) -> dict[str, dict[str, float]]:
+    """By width the least and the greatest slope of all steps, and at how many it is above 0."""
+    found = CorrectionStatistics.load(folder / f"correction-{name}.safetensors").widths
+    return {
+        str(width): {
+            "least": float(steps.slope.min()),
+            "greatest": float(steps.slope.max()),
+            "above_0": int((steps.slope > 0).sum()),
+        }
+        for width, steps in found.items()
+    }
 
 
 def rms(values: Tensor) -> float:

@@ -46,6 +46,14 @@ def guided(outputs: Tensor) -> Tensor:
     return unconditional + GUIDANCE * (conditional - unconditional)
 
 
+def noise_of(trace: Mapping[str, Tensor], eta: int, step: int) -> Tensor:
+    """The noise that was drawn; the trace holds it times its deviation."""
+    if eta == 0:
+        return torch.zeros(2, 4, 8, 8)
+    sigma, scaled = trace["eta1.sigma_t"][step], trace["eta1.noise"][step]
+    return torch.where(sigma > 0, scaled / sigma.clamp(min=1e-12), torch.zeros_like(scaled))
+
+
 @pytest.fixture(scope="module")
 def traces(golden: Path) -> Mapping[str, Mapping[str, Tensor]]:
     return {case: load_file(golden / "ptqd" / case / "ddim_trace.safetensors") for case in CASES}
@@ -90,15 +98,12 @@ def test_every_recorded_step(
     for step in range(STEPS):
         timestep = int(trace[f"eta{eta}.t"][step, 0])
         assert timestep == int(scheduler.timesteps[step])
-        sigma = trace[f"eta{eta}.sigma_t"][step]
-        scaled = trace[f"eta{eta}.noise"][step] if eta else torch.zeros(2, 4, 8, 8)
-        noise = torch.where(sigma > 0, scaled / sigma.clamp(min=1e-12), torch.zeros_like(scaled))
         out = scheduler.step(
             guided(trace[f"eta{eta}.model_out_uncond_cond"][step]),
             timestep,
             trace[f"eta{eta}.x"][step],
             eta=float(eta),
-            variance_noise=noise,
+            variance_noise=noise_of(trace, eta, step),
         )
         worst = max(
             worst,
@@ -143,12 +148,11 @@ def test_steps_with_the_real_unet(
     errors = []
     for step in range(STEPS):
         timestep, x = int(trace[f"eta{eta}.t"][step, 0]), trace[f"eta{eta}.x"][step]
-        sigma = trace[f"eta{eta}.sigma_t"][step]
-        scaled = trace[f"eta{eta}.noise"][step] if eta else torch.zeros(2, 4, 8, 8)
-        noise = torch.where(sigma > 0, scaled / sigma.clamp(min=1e-12), torch.zeros_like(scaled))
         with torch.no_grad():
             output = guided(unet(torch.cat([x, x]), timestep, context).sample)
-        found = scheduler.step(output, timestep, x, eta=float(eta), variance_noise=noise, return_dict=False)
+        found = scheduler.step(
+            output, timestep, x, eta=float(eta), variance_noise=noise_of(trace, eta, step), return_dict=False
+        )
         errors.append(relative(found[0], trace[f"eta{eta}.x_prev"][step]))
     print(f"{case}, eta {eta}: steps with the UNet within {max(errors):.1e}")
     assert max(errors) <= 5e-2
