@@ -31,7 +31,8 @@ BASE_QUANTIZERS = "qlip_plugins.base_quantizers"
 BACKENDS = "qlip_plugins.backends"
 CORRECTIONS = "qlip_plugins.corrections"
 QUALITY_METRICS = "qlip_plugins.quality_metrics"
-GROUPS = (BASE_QUANTIZERS, BACKENDS, CORRECTIONS, QUALITY_METRICS)
+IMAGE_FEATURES = "qlip_plugins.image_features"
+GROUPS = (BASE_QUANTIZERS, BACKENDS, CORRECTIONS, QUALITY_METRICS, IMAGE_FEATURES)
 
 
 class AdapterConfig(StrictModel):

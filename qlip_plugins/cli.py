@@ -26,6 +26,7 @@ from .adapter import (
     load_correction,
 )
 from .errors import INSTALL_HINT, ArtefactError, ForeignFormatError, HostError, QlipError, RecipeError
+from .prompts import read_prompts
 from .recipe import Recipe, dump, find_recipe, json_schema, shipped_recipes
 
 
@@ -130,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         help="collect the statistics of a recipe's error that a corrected sampler needs; can be resumed",
     )
     correction.add_argument("recipe", help="file, or name of a shipped recipe")
-    correction.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line")
+    correction.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl"
+    )
     correction.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     correction.add_argument(
         "--own-plan",
@@ -176,7 +179,9 @@ def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
         help="quantize a pipeline's UNet as Q-Diffusion or PTQD does; can be resumed",
     )
     calibrate.add_argument("pipeline", help="folder, or hub id")
-    calibrate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line")
+    calibrate.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl"
+    )
     calibrate.add_argument(
         "--out", type=Path, required=True, help="folder to write; an earlier one is replaced"
     )
@@ -420,7 +425,7 @@ def _fit_ranges(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from .calibration.command import calibrate_pipeline, read_prompts
+    from .calibration.command import calibrate_pipeline
     from .calibration.settings import CalibrationSettings
     from .generation import Settings
 
@@ -443,7 +448,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     result = calibrate_pipeline(
         options.pipeline,
         options.prompt_embeddings,
-        read_prompts(options.prompts),
+        list(read_prompts(options.prompts).prompts),
         settings,
         out=options.out,
         native=options.native,
@@ -463,12 +468,10 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 def _fit_correction(options: argparse.Namespace) -> int:
     recipe = Recipe.load(options.recipe)
-    from .calibration.command import read_prompts
-
     out = options.out.resolve()
     what = CorrectionFit(
         recipe=recipe,
-        prompts=read_prompts(options.prompts),
+        prompts=list(read_prompts(options.prompts).prompts),
         settings=_settings(options),
         own_plan=options.own_plan,
         batch=options.batch_size,

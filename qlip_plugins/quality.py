@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,14 +12,6 @@ LEAST_DISTANCE = 1e-6
 """Stands in for the distance of a duplicate, which would divide by zero."""
 
 _DISTANCES_AT_ONCE = 1 << 24
-
-
-class Features(Protocol):
-    """Describes pictures by vectors, such as the pooled state of an image classifier."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """`(N, D)` of images `(N, 3, H, W)`, floating, 0..1."""
-        ...
 
 
 class Quality(Protocol):
@@ -125,7 +117,11 @@ class KnnGiqaQuality:
     """
 
     def __init__(
-        self, features: Features, giqa: KnnGiqa, concepts: Mapping[str, str] | None, features_name: str
+        self,
+        features: Callable[[Tensor], Tensor],
+        giqa: KnnGiqa,
+        concepts: Mapping[str, str] | None,
+        features_name: str,
     ) -> None:
         self._features = features
         self._giqa = giqa

@@ -37,22 +37,6 @@ class Result:
     written: tuple[Path, ...]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank.
-
-    Raises:
-        RecipeError: the file is missing, no text, or holds none.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--prompts {path}: cannot be read: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise RecipeError(f"--prompts {path}: the file holds no prompt; write one a line")
-    return prompts
-
-
 def calibrate_pipeline(
     pipeline: str,
     prompt_embeddings: str | None,
