@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from .adapter import (
     BASE_QUANTIZERS,
     CorrectionFit,
@@ -27,7 +29,7 @@ from .adapter import (
 )
 from .errors import INSTALL_HINT, ArtefactError, ForeignFormatError, HostError, QlipError, RecipeError
 from .prompts import read_prompts
-from .recipe import Recipe, dump, find_recipe, json_schema, shipped_recipes
+from .recipe import Budget, Recipe, dump, find_recipe, json_schema, shipped_recipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_share,
         default=0.0,
         help="share of fresh noise a step, of DDIM samplers, 0 to 1 (default 0)",
+    )
+    generate.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="KIND=AMOUNT",
+        help="what a qlip controller's plans may cost: relative=0.8 (of the base's BitOPs), fab=5.5 or bitops=0.02; "
+        "with ,per=prompt or ,per=batch where not the mean of the controller's own prompts is to meet it",
     )
     generate.add_argument(
         "--out", type=Path, required=True, help="folder to write; an earlier result is replaced"
@@ -261,6 +270,23 @@ def _add_sampler(parser: argparse.ArgumentParser, guidance: float = 7.5) -> None
     parser.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
 
 
+def _budget(text: str) -> Budget:
+    pairs = [part.partition("=") for part in text.split(",")]
+    values: dict[str, Any] = {key: value for key, _, value in pairs}
+    for name in ("fab", "bitops", "relative"):
+        if name in values:
+            values[name] = _scale(values[name])
+    try:
+        return Budget.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: {where + ': ' if where else ''}{first['msg']}; expected such as relative=0.8, fab=5.5 or "
+            "bitops=0.02, and ,per=prompt or ,per=batch if wanted"
+        ) from None
+
+
 def _steps(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1000:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000, found {text!r}")
@@ -388,6 +414,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     recipe = Recipe.load(options.recipe)
+    if options.budget is not None:
+        recipe = recipe.within(options.budget)
     from .generation import generate
 
     report = generate(recipe, options.prompt, _settings(options), options.out)

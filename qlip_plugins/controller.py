@@ -16,13 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Installed, load_backend, load_base_quantizer, load_correction
+from .budget import Costs, LinearCost
 from .embeddings import EmbeddingSource, EndOfTextState, MeanOfStates
 from .errors import BitsError, IncompatibleModelError
 from .grids import Ranges
 from .layers import controlled, count_by_kind
 from .metrics import Cost, MacCounts, Visits, cost_of, count_macs, mean_cost
 from .plan import BitPlan
-from .recipe import FULL_PRECISION, QlipController, RangesSection, Recipe, StaticController, TableController
+from .recipe import (
+    FULL_PRECISION,
+    Budget,
+    QlipController,
+    RangesSection,
+    Recipe,
+    StaticController,
+    TableController,
+)
 from .state import CalibratedState
 from .text_to_bits import TextToBits
 
@@ -40,8 +49,11 @@ class Planner(Protocol):
         """The widths that one of its layers may be given."""
         ...
 
-    def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
-        """The plan of P prompts with text states `(P, T, D)`, at S distinct timesteps."""
+    def plan(self, states: Tensor, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
+        """The plan of P prompts with text states `(P, T, D)`, at S distinct timesteps.
+
+        `costs` says what plans cost here, to planners that keep to a budget.
+        """
         ...
 
     def digest(self) -> str:
@@ -66,7 +78,7 @@ class FixedPlanner:
         """See `Planner.widths`."""
         return frozenset((self._bits[layer],))
 
-    def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
+    def plan(self, states: Tensor, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
         """See `Planner.plan`."""
         shape = (states.shape[0], len(timesteps), len(self.layers))
         return BitPlan(self._row.expand(shape).clone(), timesteps, self.layers)
@@ -97,7 +109,7 @@ class TablePlanner:
         column = self._table.bits[:, :, self.layers.index(layer)]
         return frozenset(int(width) for width in column.unique())
 
-    def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
+    def plan(self, states: Tensor, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
         """See `Planner.plan`."""
         prompts = states.shape[0]
         if self._table.prompts not in (1, prompts):
@@ -119,9 +131,12 @@ class TablePlanner:
 class PromptPlanner:
     """T2Q and Q2B: each prompt has its own plan."""
 
-    def __init__(self, text_to_bits: TextToBits, source: EmbeddingSource) -> None:
+    def __init__(
+        self, text_to_bits: TextToBits, source: EmbeddingSource, budget: Budget | None = None
+    ) -> None:
         self._text_to_bits = text_to_bits
         self._source = source
+        self._budget = budget
         self.layers = text_to_bits.config.layers
         self.by_prompt = True
 
@@ -129,7 +144,7 @@ class PromptPlanner:
         """See `Planner.widths`."""
         return frozenset(self._text_to_bits.config.menu.widths)
 
-    def plan(self, states: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
+    def plan(self, states: Tensor, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
         """See `Planner.plan`."""
         embeddings = self._source.embed(states)
         if embeddings.shape[1] != self._text_to_bits.config.embedding_dim:
@@ -137,11 +152,14 @@ class PromptPlanner:
                 f"the controller reads embeddings of length {self._text_to_bits.config.embedding_dim}, this "
                 f"pipeline's have {embeddings.shape[1]}"
             )
-        return self._text_to_bits.plan(embeddings, timesteps)
+        return self._text_to_bits.plan(embeddings, timesteps, self._budget, costs)
 
     def digest(self) -> str:
         """See `Planner.digest`."""
-        return self._text_to_bits.digest()
+        digest = self._text_to_bits.digest()
+        if self._budget is None:
+            return digest
+        return hashlib.sha256((digest + self._budget.model_dump_json()).encode()).hexdigest()
 
     def remove(self) -> None:
         """See `Planner.remove`."""
@@ -308,8 +326,8 @@ class BitController:
         """
         if self._plan is None:
             raise BitsError("nothing has been generated under this recipe yet, so there is nothing to report")
-        base_bits = {name: quantizer.base_bits for name, quantizer in self.quantizers.items()}
-        costs = cost_of(self._plan, self._counts(), self.state.weight_bits(), base_bits, self._visits)
+        counts, weight_bits = self.counts(), self.state.weight_bits()
+        costs = cost_of(self._plan, counts, weight_bits, self.base_bits(), self._visits)
         return Report(
             prompts=costs,
             mean=mean_cost(costs),
@@ -327,6 +345,7 @@ class BitController:
         call = self._signature.bind(denoiser, *args, **kwargs).arguments
         sample, states = call["sample"], call["encoder_hidden_states"]
         copies = self._copies(sample, states)
+        self._call = _one_row(_shapes_of(call), sample.shape[0])
         self._decide(states, copies)
         timestep = _one_timestep(call["timestep"])
         if (timestep, copies) not in self._columns:
@@ -334,7 +353,6 @@ class BitController:
         for name, bits in zip(self.planner.layers, self._columns[timestep, copies], strict=True):
             self.quantizers[name].set_bits(bits)
         self._visits[timestep, copies] += 1
-        self._call = _one_row(_shapes_of(call), sample.shape[0])
 
     def _copies(self, sample: Tensor, states: Tensor) -> int:
         """2 where the call's rows are [uncond, cond] halves, else 1.
@@ -381,8 +399,10 @@ class BitController:
                 "correction lies in the one it had: set it before the recipe is applied, or apply one without a "
                 "`correction:`"
             )
-        distinct = tuple(dict.fromkeys(float(t) for t in timesteps.tolist()))
-        plan = self.planner.plan(states[states.shape[0] // copies * (copies - 1) :], distinct)
+        calls = [float(timestep) for timestep in timesteps.tolist()]
+        costs = _GenerationCosts(self, calls)
+        own_states = states[states.shape[0] // copies * (copies - 1) :]
+        plan = self.planner.plan(own_states, tuple(dict.fromkeys(calls)), costs)
         # A callback may swap the text states in mid-run (to end guidance, say): the same generation.
         if timesteps is not seen_timesteps or self._plan is None or plan.digest() != self._plan.digest():
             self._visits = Counter()
@@ -394,8 +414,12 @@ class BitController:
         columns = self._plan.at(timestep).int().repeat(copies, 1).unbind(1)
         return [int(c[0]) if bool((c == c[0]).all()) else c for c in columns]
 
-    def _counts(self) -> MacCounts:
-        """MACs of one row of a call, counted on a twin without data."""
+    def base_bits(self) -> dict[str, int]:
+        """The base width of every activation quantizer."""
+        return {name: quantizer.base_bits for name, quantizer in self.quantizers.items()}
+
+    def counts(self) -> MacCounts:
+        """MACs of one row of the last call, counted on a twin without data."""
         # Making the twin must not move the random numbers that pictures are drawn with.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             denoiser: Any = self._denoiser
@@ -415,6 +439,25 @@ class BitController:
             for name, quantizer in self.quantizers.items()
             if (losses := quantizer.losses())
         }
+
+
+@dataclass(frozen=True)
+class _GenerationCosts:
+    """See `budget.Costs`; `calls` are the timesteps of the generation that begins."""
+
+    controller: BitController
+    calls: list[float]
+
+    def bitops(self) -> LinearCost:
+        owner = self.controller
+        counts, weight_bits = owner.counts(), owner.state.weight_bits()
+        return LinearCost.bitops(counts, weight_bits, owner.base_bits(), owner.planner.layers, self.calls)
+
+    def base_bitops(self) -> float:
+        base = self.controller.base_bits()
+        row = torch.tensor([base[name] for name in self.controller.planner.layers])
+        cost = self.bitops()
+        return float(cost.of(row.expand(1, *cost.per_bit.shape)))
 
 
 @dataclass(frozen=True)
@@ -584,13 +627,13 @@ def _prompt_planner(
     text_to_bits = TextToBits.from_pretrained(section.path)
     text_to_bits.check_made_for(state.fingerprint, recipe.activation_bits, layers)
     if text_to_bits.config.pooling == "mean":
-        return PromptPlanner(text_to_bits, MeanOfStates())
+        return PromptPlanner(text_to_bits, MeanOfStates(), section.budget)
     encoder = getattr(pipe, "text_encoder", None)
     if not isinstance(encoder, nn.Module):
         raise IncompatibleModelError(
             "the controller reads the text encoder's pooled state, and the pipeline has no text encoder"
         )
-    return PromptPlanner(text_to_bits, EndOfTextState(encoder))
+    return PromptPlanner(text_to_bits, EndOfTextState(encoder), section.budget)
 
 
 def check_something_to_control(layers: tuple[str, ...], state: CalibratedState) -> None:

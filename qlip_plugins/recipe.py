@@ -104,11 +104,33 @@ class TableController(StrictModel):
     plan: RecipePath
 
 
+class Budget(StrictModel):
+    """What a plan may cost: exactly one of `fab`, `bitops` and `relative`."""
+
+    fab: float | None = Field(default=None, ge=2, le=FULL_PRECISION)
+    """Mean width over the steps and the controlled layers."""
+    bitops: float | None = Field(default=None, gt=0)
+    """T, profile `paper`, of one generation."""
+    relative: float | None = Field(default=None, gt=0)
+    """BitOPs over those of the base at its own widths."""
+    per: Literal["prompt", "batch", "population"] = "population"
+    """Met by each prompt; by the mean of a batch; or by the mean of the prompts that the controller was made
+    with, so that a prompt's bits depend neither on its batch nor are equal for all."""
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> Self:
+        if sum(value is not None for value in (self.fab, self.bitops, self.relative)) != 1:
+            raise PydanticCustomError("budget", "give exactly one of `fab`, `bitops` and `relative`")
+        return self
+
+
 class QlipController(StrictModel):
     """A trained (or hand-set) T2Q and Q2B: the prompt chooses."""
 
     kind: Literal["qlip"]
     path: RecipePath
+    budget: Budget | None = None
+    """Turns the controller to this cost; left out: as it was trained."""
 
 
 Controller = Annotated[StaticController | TableController | QlipController, Field(discriminator="kind")]
@@ -186,6 +208,18 @@ class Recipe(StrictModel):
             RecipeError: neither exists, or the file has problems.
         """
         return cls.from_yaml(find_recipe(name_or_path))
+
+    def within(self, budget: Budget) -> Self:
+        """The same recipe, its controller turned to a budget.
+
+        Raises:
+            RecipeError: its controller has no dial.
+        """
+        if not isinstance(self.controller, QlipController):
+            raise RecipeError(
+                f"a budget needs a controller of kind qlip, the recipe's is {self.controller.kind}, with fixed bits"
+            )
+        return self.model_copy(update={"controller": self.controller.model_copy(update={"budget": budget})})
 
     def missing_files(self) -> list[str]:
         """The files that the recipe names and that are not there, as `key: path`."""

@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .budget import Costs, widths_within
 from .checkpoint import check_finite
 from .embeddings import Pooling
 from .errors import ArtefactError, IncompatibleModelError
 from .files import folder_written_whole
 from .plan import BitPlan
 from .q2b import Q2B, choose
-from .recipe import ActivationBits
+from .recipe import ActivationBits, Budget
 from .schema import StrictModel
 from .t2q import T2Q
 
@@ -46,6 +47,8 @@ class TextToBitsConfig(StrictModel):
         early: m.
         base_fingerprint: of the base it was made on, `CalibratedState.fingerprint`.
         origin: how it came to be, in words: trained (on what), or set by hand.
+        population: predicted qualities of prompts that stand for all, for budgets that their mean is to
+            meet; may be empty.
     """
 
     format: Literal["qlip-plugins controller"] = FORMAT
@@ -60,6 +63,7 @@ class TextToBitsConfig(StrictModel):
     early: int = Field(default=0, ge=0)
     base_fingerprint: str
     origin: str
+    population: tuple[float, ...] = Field(strict=False, default=())
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -85,24 +89,59 @@ class TextToBits(nn.Module):
         return probabilities
 
     @torch.no_grad()
-    def plan(self, embeddings: Tensor, timesteps: tuple[float, ...]) -> BitPlan:
+    def quality(self, embeddings: Tensor) -> Tensor:
+        """The predicted quality `(P,)`, float64, of `(P, D)` embeddings.
+
+        Every prompt is judged alone, in float64 on the CPU, and its quality rounded to six decimals, so
+        that it depends neither on the batch around it nor on the order of a sum.
+        """
+        t2q = copy.deepcopy(self.t2q).double()
+        alone = [t2q(embedding[None]) for embedding in embeddings.detach().cpu().double()]
+        return torch.cat(alone).mul(1e6).round().div(1e6)
+
+    def plan(
+        self,
+        embeddings: Tensor,
+        timesteps: tuple[float, ...],
+        budget: Budget | None = None,
+        costs: Costs | None = None,
+    ) -> BitPlan:
         """The plan of `(P, D)` embeddings at S timesteps.
 
-        Every prompt is decided alone, in float64 on the CPU, and its quality rounded to six decimals:
-        the decision depends neither on the batch around it nor on the order of a sum.
+        Args:
+            embeddings: z of each prompt.
+            timesteps: of the scheduler.
+            budget: turn the dial to this cost; None: as trained.
+            costs: of the generation at hand, for a budget.
+
+        Raises:
+            BitsError: the budget cannot be met.
         """
-        exact = copy.deepcopy(self).double()
-        rows, qualities = [], []
-        menu = torch.tensor(self.config.menu.widths, dtype=torch.uint8)
-        for embedding in embeddings.detach().cpu().double():
-            quality = exact.t2q(embedding[None]).mul(1e6).round().div(1e6)
-            qualities.append(float(quality))
-            rows.append(menu[choose(exact.q2b(quality, timesteps)[0])])
-        return BitPlan(torch.stack(rows), timesteps, self.config.layers, tuple(qualities))
+        return self.plan_of(self.quality(embeddings), timesteps, budget, costs)
+
+    @torch.no_grad()
+    def plan_of(
+        self,
+        quality: Tensor,
+        timesteps: tuple[float, ...],
+        budget: Budget | None = None,
+        costs: Costs | None = None,
+    ) -> BitPlan:
+        """The plan of P prompts with predicted qualities `(P,)` float64; otherwise as `plan`."""
+        q2b, menu = copy.deepcopy(self.q2b).double(), self.config.menu.widths
+        if budget is None:
+            widths = torch.tensor(menu, dtype=torch.uint8)
+            bits = torch.stack([widths[choose(q2b(one, timesteps)[0])] for one in quality.split(1)])
+        else:
+            assert costs is not None  # whoever asks for a budget says what things cost
+            population = torch.tensor(self.config.population, dtype=torch.float64)
+            bits = widths_within(q2b, quality, population, timesteps, menu, budget, costs)
+        return BitPlan(bits, timesteps, self.config.layers, tuple(quality.tolist()))
 
     def digest(self) -> str:
         """SHA-256 of sizes and weights."""
-        found = hashlib.sha256(self.config.model_dump_json().encode())
+        left = set() if self.config.population else {"population"}
+        found = hashlib.sha256(self.config.model_dump_json(exclude=left).encode())
         for name, tensor in self.state_dict().items():
             found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
