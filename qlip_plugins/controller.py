@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -94,7 +94,7 @@ class FixedPlanner:
 class TablePlanner:
     """A given plan: of one prompt, followed for every prompt, or of as many as a batch has."""
 
-    def __init__(self, table: BitPlan, known: Mapping[str, int]) -> None:
+    def __init__(self, table: BitPlan, known: Container[str]) -> None:
         strange = [name for name in table.layers if name not in known]
         if strange:
             raise IncompatibleModelError(

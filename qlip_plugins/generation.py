@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .artefacts import versions
 from .controller import BitController, apply
-from .embeddings import PromptEmbeddings
+from .embeddings import EncodedPrompts, PromptEmbeddings
 from .errors import INSTALL_HINT, ArtefactError, HostError, IncompatibleModelError
 from .files import folder_written_whole
 from .fitting import fit_ranges
@@ -194,6 +194,28 @@ def sample_model(
         call["prompt_embeds"] = states.to(pipe.device, pipe.unet.dtype)
         call["negative_prompt_embeds"] = empty.to(pipe.device, pipe.unet.dtype)
     return pipe(**call).images
+
+
+def sample_encoded(
+    pipe: Any, prompts: EncodedPrompts, settings: Settings, noises: Sequence[int], output_type: str
+) -> Any:
+    """Run a pipeline on prompts that are encoded already.
+
+    Args:
+        pipe: on its device.
+        prompts: P of them.
+        settings: `steps` and `guidance_scale` are used.
+        noises: the noise seed of each.
+        output_type: `pil`, `pt` for tensors `(P, 3, H, W)` in 0..1, or `latent` for `(P, C, h, w)`.
+    """
+    return pipe(
+        prompt_embeds=prompts.states.to(pipe.device, pipe.unet.dtype),
+        negative_prompt_embeds=prompts.empty.expand_as(prompts.states).to(pipe.device, pipe.unet.dtype),
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=[torch.Generator("cpu").manual_seed(noise) for noise in noises],
+        output_type=output_type,
+    ).images
 
 
 def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Path) -> dict[str, Any]:

@@ -1,0 +1,387 @@
+"""How sensitive a model is: the error that each width of each quantizer causes at each step, for each prompt.
+
+The table is what allocations are solved from, blind to the prompt (`allocations.py`) or with the prompt's
+quality: `start_q2b` writes the solution into Q2B's own parameters (docs/method.md, From sensitivities).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .adapter import load_backend
+from .artefacts import read_tensors, write_tensors
+from .budget import LinearCost, shift_for
+from .controller import BitController, TablePlanner, load_base, load_ranges
+from .embeddings import EncodedPrompts
+from .errors import ArtefactError, IncompatibleModelError
+from .generation import Settings, noise_seeds, placed, sample_encoded
+from .layers import controlled
+from .plan import BitPlan
+from .progress import counted
+from .q2b import Q2B
+from .recipe import FULL_PRECISION, Recipe
+from .recording import Course, recording
+from .work import WorkFolder
+
+SENSITIVITY_FORMAT = "qlip-plugins sensitivity"
+SENSITIVITY_VERSION = 1
+
+_LEAST_ERROR = 1e-12
+_LARGEST_LOGIT = 30.0
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Errors of single quantizers.
+
+    An entry is the mean squared difference that one quantizer at one width makes to the prediction, after
+    guidance, all other activations unquantized, at the samples that the full-precision model visits; summed
+    over the calls of a timestep.
+
+    Args:
+        errors: `(P, S, K, W)` float32.
+        prompts: P.
+        timesteps: S.
+        layers: K, the controlled quantizers.
+        widths: W, ascending, without 32.
+        base_fingerprint: of the base.
+        ranges_digest: of the ranges of its widths.
+    """
+
+    errors: Tensor
+    prompts: tuple[str, ...]
+    timesteps: tuple[float, ...]
+    layers: tuple[str, ...]
+    widths: tuple[int, ...]
+    base_fingerprint: str
+    ranges_digest: str
+
+    def __post_init__(self) -> None:
+        expected = tuple(map(len, (self.prompts, self.timesteps, self.layers, self.widths)))
+        if tuple(self.errors.shape) != expected or not self.errors.isfinite().all():
+            raise ValueError(f"errors of shape {tuple(self.errors.shape)}, expected {expected}, all finite")
+
+    def of_menu(self, menu: Sequence[int]) -> Tensor:
+        """The errors `(P, S, K, 3)`, float64, of a menu's widths; 32 bits cause none.
+
+        Raises:
+            IncompatibleModelError: a width was not measured.
+        """
+        absent = [width for width in menu if width != FULL_PRECISION and width not in self.widths]
+        if absent:
+            raise IncompatibleModelError(
+                f"the sensitivities are of {', '.join(map(str, self.widths))} bits, {absent[0]} was not measured"
+            )
+        none = torch.zeros(self.errors.shape[:3], dtype=torch.float64)
+        columns = [
+            none if width == FULL_PRECISION else self.errors[..., self.widths.index(width)].double()
+            for width in menu
+        ]
+        return torch.stack(columns, dim=-1)
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        write_tensors(
+            path,
+            SENSITIVITY_FORMAT,
+            SENSITIVITY_VERSION,
+            {"errors": self.errors},
+            prompts=self.prompts,
+            timesteps=self.timesteps,
+            layers=self.layers,
+            widths=self.widths,
+            base_fingerprint=self.base_fingerprint,
+            ranges_digest=self.ranges_digest,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtefactError: missing, damaged, or no sensitivities.
+        """
+        tensors, facts = read_tensors(path, SENSITIVITY_FORMAT, SENSITIVITY_VERSION)
+        try:
+            return cls(
+                errors=tensors["errors"],
+                prompts=tuple(facts["prompts"]),
+                timesteps=tuple(facts["timesteps"]),
+                layers=tuple(facts["layers"]),
+                widths=tuple(facts["widths"]),
+                base_fingerprint=str(facts["base_fingerprint"]),
+                ranges_digest=str(facts["ranges_digest"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtefactError(f"{path}: no sensitivities: {error}") from None
+
+
+def measure_sensitivity(
+    pipe: Any,
+    recipe: Recipe,
+    prompts: EncodedPrompts,
+    settings: Settings,
+    widths: Sequence[int],
+    batch: int = 8,
+    work: WorkFolder | None = None,
+) -> Sensitivity:
+    """Run the model once for each quantizer and width along the full-precision model's own way.
+
+    Args:
+        pipe: a float pipeline without a recipe; it is moved to the device and type of `settings`.
+        recipe: its base, backend, ranges and attention are taken.
+        prompts: P to measure on.
+        settings: how to sample.
+        widths: W, without 32.
+        batch: prompts at a time; a call has batch x W rows, twice that under guidance.
+        work: keeps what is finished, a file for each batch.
+
+    Raises:
+        ArtefactError: a file that the recipe names is missing or damaged.
+        IncompatibleModelError: base, ranges and pipeline do not belong together.
+    """
+    pipe = placed(pipe, settings)
+    state = load_base(recipe, pipe.unet)
+    layers = controlled(state.activations, attention=recipe.attention == "controlled")
+    ranges = load_ranges(recipe.ranges, state)
+    widths = sorted(set(widths) - {FULL_PRECISION})
+    starts = range(0, len(prompts.prompts), batch)
+    noises = noise_seeds(prompts.prompts, settings.seed)
+    parts: list[Tensor] = []
+    timesteps: tuple[float, ...] = ()
+    with counted(len(starts) * len(layers), "measuring sensitivities") as done:
+        for start in starts:
+            rows = range(start, min(start + batch, len(noises)))
+            path = None if work is None else work.file(f"prompts-{start:06d}.safetensors")
+            if path is not None and path.exists():
+                tensors, facts = read_tensors(path, SENSITIVITY_FORMAT, SENSITIVITY_VERSION)
+                parts.append(tensors["errors"])
+                timesteps = tuple(facts["timesteps"])
+                for _ in layers:
+                    done("")
+                continue
+            chosen = prompts.only(rows)
+            one = _Batch(pipe, chosen, settings, [noises[row] for row in rows], widths)
+            float_course = one.run()
+            timesteps = tuple(dict.fromkeys(float_course.timesteps))
+            quantizers = load_backend(recipe.backend).install(pipe.unet, state, ranges)
+            names = tuple(quantizers)
+            with BitController(
+                pipe, state, quantizers, TablePlanner(one.plan(names, timesteps, None), quantizers)
+            ) as controller:
+                untouched = one.run(float_course.samples)
+                columns = []
+                for layer in layers:
+                    plan = one.plan(names, timesteps, layer)
+                    controller.planner = TablePlanner(plan, quantizers)
+                    columns.append(one.errors(float_course, untouched, timesteps))
+                    done(layer)
+            found = torch.stack(columns, dim=2)
+            parts.append(found)
+            if path is not None:
+                tensors = {"errors": found}
+                write_tensors(
+                    path, SENSITIVITY_FORMAT, SENSITIVITY_VERSION, tensors, timesteps=list(timesteps)
+                )
+    return Sensitivity(
+        errors=torch.cat(parts),
+        prompts=prompts.prompts,
+        timesteps=timesteps,
+        layers=layers,
+        widths=tuple(widths),
+        base_fingerprint=state.fingerprint,
+        ranges_digest=ranges.digest(),
+    )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some prompts with their noises; `widths` are tried side by side, as copies of the batch."""
+
+    pipe: Any
+    prompts: EncodedPrompts
+    settings: Settings
+    noises: list[int]
+    widths: Sequence[int]
+
+    def run(self, along: Sequence[Tensor] | None = None) -> Course:
+        """Sample the prompts once."""
+        return self._sampled(self.prompts, self.noises, along)
+
+    def _sampled(
+        self, prompts: EncodedPrompts, noises: Sequence[int], along: Sequence[Tensor] | None
+    ) -> Course:
+        with recording(self.pipe, along) as course:
+            sample_encoded(self.pipe, prompts, self.settings, noises, "latent")
+        return course
+
+    def plan(self, names: tuple[str, ...], timesteps: tuple[float, ...], layer: str | None) -> BitPlan:
+        """Every quantizer at 32 bits but `layer`, which has one of the widths in each copy."""
+        copies = 1 if layer is None else len(self.widths) * len(self.noises)
+        bits = torch.full((copies, len(timesteps), len(names)), FULL_PRECISION, dtype=torch.uint8)
+        if layer is not None:
+            for part, width in zip(bits.chunk(len(self.widths)), self.widths, strict=True):
+                part[:, :, names.index(layer)] = width
+        return BitPlan(bits, timesteps, names)
+
+    def errors(self, float_course: Course, untouched: Course, timesteps: tuple[float, ...]) -> Tensor:
+        """`(P, S, W)` of the quantizer that the plan at hand sets."""
+        copies = len(self.widths)
+        rows = list(range(len(self.noises))) * copies
+        course = self._sampled(
+            self.prompts.only(rows),
+            self.noises * copies,
+            [sample.repeat(copies, *[1] * (sample.ndim - 1)) for sample in float_course.samples],
+        )
+        found = torch.zeros(len(self.noises), len(timesteps), copies)
+        for timestep, ours, theirs in zip(
+            course.timesteps, course.predictions, untouched.predictions, strict=True
+        ):
+            difference = ours.float().unflatten(0, (copies, -1)) - theirs.float()
+            found[:, timesteps.index(timestep)] += difference.square().flatten(2).mean(2).T.cpu()
+        return found
+
+
+def log_prices(errors: Tensor, cost: LinearCost, menu: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The prices of cost, as logarithms, at which each decision buys medium, and high.
+
+    At a price L the plan of least `error + L * cost` is low above the first, high below the second. Where
+    medium never pays, the two are equal; where more width does not lower the error, they are minus infinity.
+
+    Args:
+        errors: `(S, K, 3)` of low, medium and high.
+        cost: of a plan.
+        menu: the three widths.
+
+    Returns:
+        Two tensors `(S, K)`, the first at least as great as the second.
+    """
+    low, medium, high = errors.unbind(-1)
+    rises = [width * cost.per_bit for width in (menu[1] - menu[0], menu[2] - menu[1], menu[2] - menu[0])]
+    first, second, both = (
+        ((worse - better) / rise).clamp(min=0)
+        for worse, better, rise in zip((low, medium, low), (medium, high, high), rises, strict=True)
+    )
+    at_once = second > first
+    return torch.where(at_once, both, first).log(), torch.where(at_once, both, second).log()
+
+
+def quality_slopes(errors: Tensor, quality: Tensor) -> Tensor:
+    """How the error of each quantizer moves with the prompt's quality: d ln(error) / dq, `(K,)`.
+
+    A regression for each quantizer, over the error of low and medium in all steps, drawn towards the slope of
+    the whole error as far as the quantizers' slopes differ by no more than chance (empirical Bayes).
+
+    Args:
+        errors: `(P, S, K, 3)`.
+        quality: `(P,)`, predicted by T2Q.
+    """
+    q = quality.double() - quality.double().mean()
+    spread = q.square().sum()
+    if not bool(spread > 0) or len(q) < 3:
+        return torch.zeros(errors.shape[2], dtype=torch.float64)
+
+    def slope(logs: Tensor) -> tuple[Tensor, Tensor]:
+        centred = logs - logs.mean(0)
+        found = q @ centred / spread
+        residual = (centred - q[:, None] * found).square().sum(0) / (len(q) - 2)
+        return found, residual / spread
+
+    parts = errors[..., :2].sum((1, 3)).clamp(min=_LEAST_ERROR)
+    whole, _ = slope(parts.sum(1, keepdim=True).log())
+    each, variance = slope(parts.log())
+    between = ((each - whole).square().mean() - variance.mean()).clamp(min=0)
+    return whole + (each - whole) * between / (between + variance).clamp(min=_LEAST_ERROR)
+
+
+@torch.no_grad()
+def start_q2b(
+    q2b: Q2B,
+    table: Sensitivity,
+    quality: Tensor,
+    population: Tensor,
+    menu: tuple[int, int, int],
+    cost: LinearCost,
+    target: float,
+) -> None:
+    """Set a Q2B, in place, to the plans of least error at a mean cost.
+
+    With errors D(q) = D exp(s (q - mean q)) the cheapest plan takes each width up to a price, and the price
+    moves with q as the logit of p_q does: the slope is `quality_slopes`, and p_m and p_h of each step are
+    those whose thresholds (`budget.thresholds`) are the prices. One layer's thresholds can lie on either side
+    of its offset by at most ln 2 on the wrong one; those that do not fit are moved to that edge.
+
+    Args:
+        q2b: with group 1 and no early steps.
+        table: measured on P prompts.
+        quality: `(P,)`, their predicted qualities.
+        population: `(R,)`, predicted qualities of the prompts whose mean cost is to meet the target.
+        menu: the three widths.
+        cost: of a plan.
+        target: in its unit.
+
+    Raises:
+        IncompatibleModelError: the table is of another schedule or lacks a width, or Q2B shares parameters
+            between steps.
+        BitsError: the target is out of reach.
+    """
+    if q2b.group != 1 or q2b.early:
+        raise IncompatibleModelError(
+            f"sensitivities decide for each step: need group 1 and early 0, found {q2b.group} and {q2b.early}"
+        )
+    if q2b.timesteps != table.timesteps:
+        raise IncompatibleModelError(
+            f"the sensitivities are of {len(table.timesteps)} timesteps, Q2B has {len(q2b.timesteps)}, or others"
+        )
+    errors = table.of_menu(menu)
+    slope = quality_slopes(errors, quality)
+    middle = float(quality.double().mean())
+    buys_medium, buys_high = log_prices(errors.mean(0), cost, menu)
+    moved = ((population.double()[:, None] - middle) * slope)[:, None, :]
+    price = -shift_for(-buys_medium - moved, -buys_high - moved, menu, cost, target)
+    centre = _centres(buys_medium, buys_high, price)
+    first, second = _fitting(centre - buys_medium, centre - buys_high)
+    medium, high = _logits(first, second)
+    q2b.slope.copy_(slope)
+    q2b.medium_logit.copy_(medium)
+    q2b.high_logit.copy_(high)
+    low, high = first - centre - moved, second - centre - moved
+    turned = shift_for(low, high, menu, cost, target)
+    q2b.offset.copy_(centre + turned - (middle - 0.5) * slope)
+
+
+def _centres(buys_medium: Tensor, buys_high: Tensor, price: float) -> Tensor:
+    """For each layer the price, as a logarithm, where its ln r is 0, `(K,)`.
+
+    It is the price at hand, or the nearest around which all the layer's thresholds fit, where there is one:
+    decisions within a factor of 2 of the price at hand are then exact, and mostly all others.
+    """
+    edge = math.log(2)
+    least, most = buys_high.amax(0) - edge, buys_medium.amin(0) + edge
+    at_hand = torch.full_like(least, price)
+    return torch.where(least <= most, at_hand.clamp(least, most), at_hand)
+
+
+def _fitting(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Thresholds of ln r that some p_m and p_h have: ln r1 < ln 2 and ln r2 > -ln 2."""
+    edge = math.log(2) - 1e-6
+    return first.clamp(max=edge), second.clamp(min=-edge)
+
+
+def _logits(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """p_m and p_h, as logits, from the thresholds ln r1 <= ln r2.
+
+    From r1 = (1 - 2a) / (1 - b) and r2 = a / (2b - 1): b = (1 + 2 r2 - r1) / (4 r2 - r1).
+    """
+    r1, r2 = first.exp(), second.clamp(max=_LARGEST_LOGIT).exp()
+    b = (1 + 2 * r2 - r1) / (4 * r2 - r1)
+    a = r2 * (2 * b - 1)
+    limit = 1e-9
+    return a.clamp(limit, 1 - limit).logit(), b.clamp(limit, 1 - limit).logit()
