@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlip_plugins.errors import RecipeError
+from qlip_plugins.errors import IncompatibleModelError, RecipeError
 from qlip_plugins.image_features import file_digest
 
 from . import FOLDER
@@ -77,11 +77,21 @@ class ImageTextScore:
     Args:
         pipe: the demo pipeline, whose text encoder is CLIP's text tower.
         features: of pictures.
+
+    Raises:
+        IncompatibleModelError: another pipeline.
     """
 
     def __init__(self, pipe: Any, features: ImageFeatures) -> None:
+        _check_text_tower(pipe)
         self._pipe, self._features = pipe, features
-        weights = load_file(FOLDER / "clip" / "projections.safetensors")
+        projections = FOLDER / "clip" / "projections.safetensors"
+        self.facts: Mapping[str, Any] = {
+            "metric": "demo-clip-score",
+            "features_digest": features.digest,
+            "projections_digest": file_digest(projections),
+        }
+        weights = load_file(projections)
         self._image, self._text = (weights[f"{part}_projection"].float() for part in ("image", "text"))
 
     @torch.no_grad()
@@ -95,3 +105,19 @@ class ImageTextScore:
         )
         pictures = self._features(images).cpu() @ self._image.T
         return F.cosine_similarity(pictures, pooled @ self._text.T)
+
+
+def _check_text_tower(pipe: Any) -> None:
+    """Another text encoder would give scores that mean nothing."""
+    expected = load_file(FOLDER / "pipeline" / "text_encoder" / "model.safetensors")
+    encoder = getattr(pipe, "text_encoder", None)
+    found = {} if encoder is None else encoder.state_dict()
+    same = all(
+        name in found and torch.equal(found[name].float().cpu(), tensor.float())
+        for name, tensor in expected.items()
+    )
+    if not same:
+        raise IncompatibleModelError(
+            f"{type(pipe).__name__}: its text encoder is not the demo's, whose text tower the demo's score needs; "
+            "use a recipe of the demo, or clip-score with a CLIP of your own"
+        )
