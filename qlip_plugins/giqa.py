@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +97,16 @@ def _exclusion(
 def open_knn_giqa(config: KnnGiqaConfig, prompts: PromptSet, device: str) -> GiqaQuality:
     """KNN-GIQA on a folder of references; see `KnnGiqa` and `read_references`."""
     found = read_references(config, prompts, device)
-    try:
-        giqa = KnnGiqa(found.features, found.groups, config.k)
-    except ValueError as error:
-        raise RecipeError(f"{config.references}: {error}") from None
+    own = Counter(found.groups or ())
+    for concept in {None, *(found.concepts or {}).values()}:
+        left = len(found.features) - (own[concept] if concept is not None else 0)
+        if left < config.k:
+            without = "" if concept is None else f" without {config.exclude} {concept!r}"
+            raise RecipeError(
+                f"{config.references}: {left} references{without}, expected at least k = {config.k}: add some, or "
+                "--set k=..."
+            )
+    giqa = KnnGiqa(found.features, found.groups, config.k)
     facts = {"metric": "knn-giqa", "k": config.k, **found.facts}
     return GiqaQuality(found.describe, giqa, found.concepts, facts)
 
