@@ -112,8 +112,10 @@ def _check_text_tower(pipe: Any) -> None:
     expected = load_file(FOLDER / "pipeline" / "text_encoder" / "model.safetensors")
     encoder = getattr(pipe, "text_encoder", None)
     found = {} if encoder is None else encoder.state_dict()
+    # Versions of transformers differ in this prefix.
+    found = {name.removeprefix("text_model."): tensor.float().cpu() for name, tensor in found.items()}
     same = all(
-        name in found and torch.equal(found[name].float().cpu(), tensor.float())
+        torch.equal(found.get(name.removeprefix("text_model."), torch.empty(0)), tensor.float())
         for name, tensor in expected.items()
     )
     if not same:
