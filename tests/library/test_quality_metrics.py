@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -225,7 +225,8 @@ class Ugliness:
 
 
 class _Mean:
-    facts: ClassVar[dict[str, Any]] = {"metric": "ugliness"}
+    def __init__(self) -> None:
+        self.facts: Mapping[str, Any] = {"metric": "ugliness"}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3))
