@@ -2,8 +2,8 @@
 
 A *base quantizer* reads an upstream checkpoint into a `CalibratedState`; a *backend* installs such a
 state on a denoiser and hands back one `ActQuantizer` for each activation quantizer; a *correction*
-changes the sampler so that it allows for the error that remains. All are found by entry point, so an
-adapter outside this repository needs nothing here.
+changes the sampler so that it allows for the error that remains; a *quality metric* judges pictures. All
+are found by entry point, so an adapter outside this repository needs nothing here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from .errors import AdapterNotFoundError
 from .schema import StrictModel, nearest
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .controller import BitController
     from .generation import Settings
     from .grids import Ranges
+    from .prompts import PromptSet
+    from .quality import Quality
     from .recipe import Recipe
     from .state import CalibratedState
 
@@ -264,6 +266,37 @@ class Correction(Protocol):
         ...
 
 
+Scope = Literal["across_prompts", "within_prompt"]
+
+
+@runtime_checkable
+class QualityMetric(Protocol):
+    """A quality metric of pictures.
+
+    `scope` says which scores can be compared: those of all pictures, or only those of pictures of one
+    prompt, as with scores of how well a picture fits its text. `higher_is_better` is its direction.
+    `config_class` holds its options.
+    """
+
+    config_class: ClassVar[type[StrictModel]]
+    scope: ClassVar[Scope]
+    higher_is_better: ClassVar[bool]
+
+    def open(self, config: Any, pipe: Any, prompts: PromptSet, device: str) -> Quality:
+        """Make it ready.
+
+        Args:
+            config: a `config_class`.
+            pipe: the pipeline that draws the pictures.
+            prompts: every prompt that will be judged, with its tags.
+            device: where it computes.
+
+        Raises:
+            QlipError: a file it needs is missing or damaged, a tag is missing, or it does not fit the pipeline.
+        """
+        ...
+
+
 def installed(group: str) -> dict[str, EntryPoint]:
     """The entry points of one group by name; nothing is imported."""
     return {entry.name: entry for entry in sorted(entry_points(group=group), key=lambda e: e.name)}
@@ -297,6 +330,16 @@ def load_correction(name: str) -> Correction:
     """
     correction: Correction = _load(CORRECTIONS, "correction", name)
     return correction
+
+
+def load_quality_metric(name: str) -> QualityMetric:
+    """Import the quality metric registered as `name`.
+
+    Raises:
+        AdapterNotFoundError: none is; the message names those that are.
+    """
+    metric: QualityMetric = _load(QUALITY_METRICS, "quality metric", name)
+    return metric
 
 
 def check_installed(group: str, kind: str, name: str) -> EntryPoint:

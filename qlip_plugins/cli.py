@@ -29,6 +29,7 @@ from .adapter import (
 )
 from .errors import INSTALL_HINT, ArtefactError, ForeignFormatError, HostError, QlipError, RecipeError
 from .prompts import read_prompts
+from .quality_metrics import parse_options
 from .recipe import Budget, Recipe, dump, find_recipe, json_schema, shipped_recipes
 
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         _say(
-            "interrupted; nothing was left half-written (calibrate and fit-correction go on where they stopped)"
+            "interrupted; nothing was left half-written (calibrate, fit-correction and label go on where they stopped)"
         )
         return 130
     return code
@@ -157,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampler(correction)
     correction.set_defaults(run=_fit_correction, dtype="float32", eta=0.0)
 
+    _add_label(verbs, common)
+
     doctor = verbs.add_parser("doctor", parents=[common], help="say which hosts and adapters are usable")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -246,6 +249,50 @@ def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     _add_sampler(calibrate)
     calibrate.set_defaults(run=_calibrate)
+
+
+def _add_label(verbs: Any, common: argparse.ArgumentParser) -> None:
+    label = verbs.add_parser(
+        "label",
+        parents=[common],
+        help="score a pipeline's full-precision pictures of prompts, for T2Q to learn from; can be resumed",
+        description="Runs under `accelerate launch -m qlip_plugins label ...` on several GPUs, which share the work.",
+    )
+    label.add_argument(
+        "recipe", help="file, or name of a shipped recipe; its pipeline is used, not its base or controller"
+    )
+    label.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="one prompt a line, or .jsonl with tags such as concept",
+    )
+    label.add_argument("--metric", required=True, help="of quality, such as knn-giqa")
+    label.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="option of the metric; repeatable"
+    )
+    label.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    label.add_argument(
+        "--seeds",
+        type=int,
+        default=2,
+        help="pictures of each prompt; 2 or more give a reliability (default 2)",
+    )
+    label.add_argument("--batch-size", type=int, default=16, help="pictures at a time (default 16)")
+    label.add_argument(
+        "--pooling", choices=("eos", "mean"), help="of z (default eos; mean for a table of embeddings)"
+    )
+    label.add_argument(
+        "--allow-within-prompt",
+        action="store_true",
+        help="take a metric whose scores of different prompts cannot be compared",
+    )
+    label.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
+    )
+    _add_sampler(label)
+    label.set_defaults(run=_label, dtype="float32", eta=0.0)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -516,6 +563,32 @@ def _fit_correction(options: argparse.Namespace) -> int:
     ]
     _print(facts, "\n".join(lines), options.json)
     _say(f"use it with `correction: {{adapter: {options.method}, statistics: {out}}}`")
+    return 0
+
+
+def _label(options: argparse.Namespace) -> int:
+    recipe = Recipe.load(options.recipe)
+    prompts = read_prompts(options.prompts)
+    prompts.check_distinct(options.prompts)
+    from .labelling import LabelRequest, label
+
+    out = options.out.resolve()
+    what = LabelRequest(
+        recipe=recipe,
+        prompts=prompts,
+        metric=options.metric,
+        options=parse_options(options.set),
+        settings=_settings(options),
+        out=options.out,
+        work=options.work or out.with_name(f"{out.name}.work"),
+        seeds=options.seeds,
+        batch=options.batch_size,
+        pooling=options.pooling,
+        allow_within_prompt=options.allow_within_prompt,
+    )
+    facts = label(what, _say)
+    if facts is not None:
+        _print(facts, "\n".join(f"{key}: {value}" for key, value in facts.items()), options.json)
     return 0
 
 

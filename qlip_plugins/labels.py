@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from .artefacts import read_tensors, write_tensors
-from .embeddings import EncodedPrompts
-from .errors import ArtefactError, IncompatibleModelError
-from .generation import Settings, noise_seeds, placed
-from .progress import progress
-from .quality import Quality
+from .errors import ArtefactError
 
 LABELS_FORMAT = "qlip-plugins labels"
 LABELS_VERSION = 1
@@ -137,71 +133,3 @@ class Labels:
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArtefactError(f"{path}: not a label set: {error}") from None
-
-
-def make_labels(
-    pipe: Any,
-    prompts: EncodedPrompts,
-    score: Quality,
-    settings: Settings,
-    seeds: int = 2,
-    tags: Mapping[str, Sequence[str]] | None = None,
-    batch: int = 16,
-) -> Labels:
-    """Generate pictures of each prompt in full precision, and judge them.
-
-    Seed s of a prompt has the noise that `qlip-plugins generate` gives its picture where the prompt is
-    named for the (s + 1)-th time.
-
-    Args:
-        pipe: the float pipeline, without a recipe and without a safety checker, which would blacken
-            pictures; it is moved to the device and type of `settings`.
-        prompts: n distinct prompts.
-        score: judges images; where the pipeline has no decoder it is given latents `(N, C, h, w)`.
-        settings: as for `generate`.
-        seeds: pictures of each prompt; two or more make the labels' reliability known.
-        tags: name -> n strings.
-        batch: pictures generated at once.
-
-    Raises:
-        ValueError: as of `Labels`, or the score gives another number of values than pictures.
-        IncompatibleModelError: the pipeline has a safety checker.
-    """
-    if getattr(pipe, "safety_checker", None) is not None:
-        raise IncompatibleModelError(
-            f"{type(pipe).__name__} has a safety checker, which replaces some pictures by black ones: their labels "
-            "would be wrong. Load it with safety_checker=None"
-        )
-    n = len(prompts.prompts)
-    if len(set(prompts.prompts)) < n or seeds < 1:
-        raise ValueError(f"need distinct prompts and at least one seed, found {n} prompts and {seeds} seeds")
-    pipe = placed(pipe, settings)
-    noises = noise_seeds(prompts.prompts * seeds, settings.seed)
-    starts = [(seed, row) for seed in range(seeds) for row in range(0, n, batch)]
-    found = []
-    for seed, start in progress(starts, "making labels"):
-        rows = range(start, min(start + batch, n))
-        images = _pictures(pipe, prompts.only(rows), settings, [noises[seed * n + row] for row in rows])
-        values = score(images, prompts.prompts[start : start + batch])
-        if values.shape != (len(rows),):
-            raise ValueError(f"the score gives shape {tuple(values.shape)} for {len(rows)} pictures")
-        found.append(values.detach().float().cpu())
-    return Labels(
-        prompts=prompts.prompts,
-        embeddings=prompts.embeddings,
-        scores=torch.cat(found).reshape(seeds, n).T.contiguous(),
-        facts={**score.facts, "pooling": prompts.pooling, "seeds": seeds, "pictures": asdict(settings)},
-        tags={name: tuple(values) for name, values in (tags or {}).items()},
-    )
-
-
-def _pictures(pipe: Any, prompts: EncodedPrompts, settings: Settings, noises: Sequence[int]) -> Tensor:
-    images: Tensor = pipe(
-        prompt_embeds=prompts.states.to(pipe.device, pipe.unet.dtype),
-        negative_prompt_embeds=prompts.empty.expand_as(prompts.states).to(pipe.device, pipe.unet.dtype),
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        generator=[torch.Generator("cpu").manual_seed(noise) for noise in noises],
-        output_type="latent" if getattr(pipe, "vae", None) is None else "pt",
-    ).images
-    return images

@@ -1,4 +1,4 @@
-"""How good a picture is: a score from features, by distance to pictures that are known to be good."""
+"""How good a picture is: what a metric gives, and KNN-GIQA, by distance to pictures known to be good."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from .adapter import load_quality_metric
+from .prompts import PromptSet
+from .quality_metrics import metric_config
 
 LEAST_DISTANCE = 1e-6
 """Stands in for the distance of a duplicate, which would divide by zero."""
@@ -106,35 +110,64 @@ class KnnGiqa:
         return nearest.clamp(min=LEAST_DISTANCE).reciprocal().sum(1)
 
 
-class KnnGiqaQuality:
-    """KNN-GIQA of pictures: `KnnGiqa` on features, references of the prompt's own concept left out.
+class GiqaQuality:
+    """GIQA of pictures, each judged without the references of its prompt's own concept.
 
     Args:
         features: describes pictures.
-        giqa: knows the references, described by the same features.
-        concepts: prompt -> the group that does not count for its pictures; None excludes nothing.
-        features_name: what the features are, for the label set.
+        giqa: knows the references, described by the same features; called with features `(N, D)` and, for
+            each picture, the concept to leave out.
+        concepts: prompt -> the concept that does not count for its pictures; None excludes nothing.
+        facts: of the metric, for the label set.
     """
 
     def __init__(
         self,
         features: Callable[[Tensor], Tensor],
-        giqa: KnnGiqa,
+        giqa: Callable[[Tensor, Sequence[str] | None], Tensor],
         concepts: Mapping[str, str] | None,
-        features_name: str,
+        facts: Mapping[str, Any],
     ) -> None:
         self._features = features
         self._giqa = giqa
         self._concepts = concepts
-        self.facts: Mapping[str, Any] = {
-            "metric": "knn-giqa",
-            "k": giqa.k,
-            "references": giqa.size,
-            "features": features_name,
-            "own_concept_excluded": concepts is not None,
-        }
+        self.facts: Mapping[str, Any] = {**facts, "own_concept_excluded": concepts is not None}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Quality`."""
         exclude = None if self._concepts is None else [self._concepts[prompt] for prompt in prompts]
         return self._giqa(self._features(images), exclude)
+
+
+class Turned:
+    """A metric where lower is better, its sign turned so that greater is better."""
+
+    def __init__(self, quality: Quality) -> None:
+        self._quality = quality
+        self.facts: Mapping[str, Any] = {**quality.facts, "negated": True}
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `Quality`."""
+        return -self._quality(images, prompts)
+
+
+def open_quality(
+    name: str, options: Mapping[str, Any], pipe: Any, prompts: PromptSet, device: str
+) -> Quality:
+    """Open an installed metric; whatever its direction, what it gives is greater where better.
+
+    Args:
+        name: of the plug-in.
+        options: of the metric, by name.
+        pipe: the pipeline that draws the pictures.
+        prompts: every prompt that will be judged, with its tags.
+        device: where it computes.
+
+    Raises:
+        AdapterNotFoundError: there is no such metric.
+        RecipeError: an option is unknown, missing, or has a wrong value.
+        QlipError: as of the metric.
+    """
+    metric = load_quality_metric(name)
+    quality = metric.open(metric_config(name, options), pipe, prompts, device)
+    return quality if metric.higher_is_better else Turned(quality)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,11 @@ class WorkFolder:
             json.dumps({"format": f"qlip-plugins {what} work", "version": version, **identity})
         )
         marker = path / _IDENTITY
-        if marker.is_file():
+        # One look: another process may be making the same folder, and begins with the marker.
+        found = _visible(path)
+        if _IDENTITY in found:
             self._check_same(marker, ours)
-        elif path.exists() and (not path.is_dir() or any(_visible(path))):
+        elif found:
             raise ArtefactError(f"{path}: exists and is no work folder of a {what}; name another with --work")
         else:
             with written_whole(marker) as temporary:
@@ -54,7 +58,11 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        # Out of the way at once: an interruption must not leave a folder that has lost its marker.
+        gone = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        with suppress(OSError):
+            self.path.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _check_same(self, marker: Path, ours: dict[str, Any]) -> None:
         try:
@@ -72,8 +80,11 @@ class WorkFolder:
             )
 
 
-def _visible(path: Path) -> list[Path]:
-    return [item for item in path.iterdir() if not item.name.startswith(".")]
+def _visible(path: Path) -> list[str]:
+    """The names in a folder, none where there is no folder yet; a file in its place counts as strange."""
+    if not path.is_dir():
+        return [path.name] if path.exists() else []
+    return [item.name for item in path.iterdir() if not item.name.startswith(".")]
 
 
 def identity_of(pipe: Any, model: ModelSection, prompts: Sequence[str]) -> dict[str, Any]:

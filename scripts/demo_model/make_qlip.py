@@ -2,7 +2,9 @@ r"""From the trained demo pipeline to its QLIP: prompts, labels, T2Q, ranges, Q2
 
     python scripts/demo_model/make_qlip.py prompts build/demo build/qlip
     python scripts/demo_model/make_qlip.py references build/demo build/qlip
-    python scripts/demo_model/make_qlip.py labels build/qlip --device cuda
+    qlip-plugins label demo-w4a8 --prompts build/qlip/label_prompts.jsonl --metric knn-giqa --set features=demo \
+        --set references=build/qlip/references --set standardise=true --guidance 3 --seed 1 --batch-size 64 \
+        --device cuda --out build/qlip/labels.safetensors
     python scripts/demo_model/make_qlip.py t2q build/qlip
     qlip-plugins calibrate recipes/qlip_demo/pipeline --prompts build/qlip/calibration.txt --guidance 3 \
         --activation-bits 8 16 --iterations 800 --activation-iterations 300 --out recipes/qlip_demo/base
@@ -21,18 +23,15 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common import LEVELS, Data
-from qlip_demo.image_text import ImageFeatures
-from qlip_plugins.artefacts import read_tensors, write_tensors
 from qlip_plugins.controller import apply
 from qlip_plugins.embeddings import EncodedPrompts
 from qlip_plugins.fitting import fit_ranges
 from qlip_plugins.generation import Settings, load_pipeline, placed, sample
-from qlip_plugins.labels import Labels, make_labels
-from qlip_plugins.quality import KnnGiqa, KnnGiqaQuality
+from qlip_plugins.labels import Labels
 from qlip_plugins.recipe import Recipe
 from qlip_plugins.t2q import T2Q
 from qlip_plugins.training import Q2BTraining, train_controller, train_t2q
@@ -69,48 +68,25 @@ def prompts(options: argparse.Namespace) -> None:
             tags |= {"seen": "unseen" if fact["held_out"] else "seen"}
             tags |= {key: fact[key] for key in ("style", "group", "subgroup")}
             chosen.setdefault(text, tags)
-    write_json(
-        options.out / "label_prompts.json", [{"prompt": text, **tags} for text, tags in chosen.items()]
-    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    described = [json.dumps({"prompt": text, **tags}, ensure_ascii=False) for text, tags in chosen.items()]
+    (options.out / "label_prompts.jsonl").write_text("\n".join(described) + "\n", encoding="utf-8")
     rest = [draw.choice(by_concept[concept]) for concept in seen[SEEN_CONCEPTS:]]
     lines = [fact["captions"][number % LEVELS] for number, fact in enumerate(rest[:CALIBRATION_PROMPTS])]
     (options.out / "calibration.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
 
 
 def references(options: argparse.Namespace) -> None:
-    """Features of the training pictures, each divided by its deviation, and what each picture shows."""
-    features, data = ImageFeatures(options.device), Data(options.data, options.device)
-    known = torch.cat([features(data.pictures[part].float() / 255) for part in data.train.split(256)]).cpu()
-    deviation = known.std(0).clamp(min=1e-6)
-    concepts = [data.facts[int(row)]["hex"] for row in data.train]
-    write_tensors(
-        options.out / "references.safetensors",
-        "demo references",
-        1,
-        {"features": known / deviation, "deviation": deviation},
-        concepts=concepts,
-    )
-
-
-def labels(options: argparse.Namespace) -> None:
-    """Pictures of every label prompt in full precision, scored by KNN-GIQA on the image tower's features."""
-    listed = read_json(options.out / "label_prompts.json")[: options.limit]
-    features = ImageFeatures(options.device)
-    known, facts = read_tensors(options.out / "references.safetensors", "demo references", 1)
-    deviation = known["deviation"].to(options.device)
-    concepts = {entry["prompt"]: entry["concept"] for entry in listed}
-    score = KnnGiqaQuality(
-        lambda images: features(images) / deviation,
-        KnnGiqa(known["features"], facts["concepts"]),
-        concepts,
-        "qlip_demo image tower, pooled, divided by its deviation",
-    )
-    pipe = load_pipeline(Recipe.load("demo-w4a8"))
-    settings = Settings(steps=STEPS, guidance_scale=GUIDANCE, seed=1, device=options.device)
-    encoded = EncodedPrompts.from_pipeline(placed(pipe, settings), list(concepts), "eos")
-    tags = {key: tuple(entry[key] for entry in listed) for key in listed[0] if key != "prompt"}
-    made = make_labels(pipe, encoded, score, settings, seeds=2, tags=tags, batch=options.batch)
-    made.save(options.out / "labels.safetensors")
+    """The training pictures as a folder, each with the concept that it shows."""
+    data, folder = Data(options.data, "cpu"), options.out / "references"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in data.train.tolist():
+        name = f"{row:06d}.png"
+        pixels = data.pictures[row].permute(1, 2, 0).contiguous().numpy()
+        Image.fromarray(pixels).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "concept": data.facts[row]["hex"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def split_rows(made: Labels) -> tuple[list[int], list[int]]:
@@ -200,7 +176,7 @@ def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser()
     steps = parser.add_subparsers(required=True)
-    for step in (prompts, references, labels, t2q, ranges, q2b):
+    for step in (prompts, references, t2q, ranges, q2b):
         one = steps.add_parser(step.__name__)
         one.set_defaults(run=step)
         if step in (prompts, references):

@@ -13,8 +13,8 @@ from qlip_plugins.recipe import Recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
-    *("qlip_plugins", "qlip_packed", "qlip_ptqd", "qlip_qdiffusion", "qlip_torch"),
-    *("qlip_demo", "qlip_recipes"),
+    *("qlip_plugins", "qlip_efficientnet", "qlip_inception", "qlip_packed", "qlip_ptqd", "qlip_qdiffusion"),
+    *("qlip_torch", "qlip_demo", "qlip_recipes"),
 )
 
 
@@ -48,6 +48,8 @@ def test_entry_points() -> None:
         "qlip_plugins.base_quantizers": {"packed", "ptqd", "qdiffusion"},
         "qlip_plugins.backends": {"torch"},
         "qlip_plugins.corrections": {"ptqd"},
+        "qlip_plugins.image_features": {"demo", "efficientnet-lite0", "inception"},
+        "qlip_plugins.quality_metrics": {"clip-score", "demo-clip-score", "gmm-giqa", "knn-giqa"},
         "console_scripts": {"qlip-plugins"},
     }
     for group, names in groups.items():
@@ -65,7 +67,9 @@ def test_public_names_are_those_listed() -> None:
 
 
 def test_import_needs_no_torch() -> None:
-    names = "qlip_plugins, qlip_packed, qlip_ptqd, qlip_qdiffusion, qlip_torch"
+    names = ", ".join(
+        [*(set(PACKAGES) - {"qlip_recipes"}), "qlip_demo.metric", "qlip_plugins.quality_metrics"]
+    )
     code = f"import sys, {names}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

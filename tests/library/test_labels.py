@@ -17,8 +17,9 @@ from qlip_plugins import quality
 from qlip_plugins.embeddings import EncodedPrompts, EndOfTextState, PromptEmbeddings
 from qlip_plugins.errors import ArtefactError, IncompatibleModelError
 from qlip_plugins.generation import Settings, sample
-from qlip_plugins.labels import Labels, make_labels, pearson, rank_normalise, spearman
-from qlip_plugins.quality import LEAST_DISTANCE, KnnGiqa, KnnGiqaQuality
+from qlip_plugins.labelling import make_labels
+from qlip_plugins.labels import Labels, pearson, rank_normalise, spearman
+from qlip_plugins.quality import LEAST_DISTANCE, GiqaQuality, KnnGiqa
 from qlip_plugins.recipe import Recipe
 
 
@@ -69,11 +70,11 @@ def test_a_picture_is_not_judged_by_its_own_concept() -> None:
     references = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
     metric = KnnGiqa(references, ["red", "green", "blue"], k=1)
     image = torch.tensor([0.75, 0.25, 0]).reshape(1, 3, 1, 1).expand(1, 3, 4, 4)
-    judged = KnnGiqaQuality(mean_colour, metric, {"a fox": "red"}, "mean colour")(image, ["a fox"])
+    judged = GiqaQuality(mean_colour, metric, {"a fox": "red"}, {"metric": "m"})(image, ["a fox"])
     assert float(judged) == pytest.approx(1 / 1.5)
-    anyhow = KnnGiqaQuality(mean_colour, metric, None, "mean colour")
+    anyhow = GiqaQuality(mean_colour, metric, None, {"metric": "m"})
     assert float(anyhow(image, ["a fox"])) == pytest.approx(1 / 0.5)
-    assert (anyhow.facts["metric"], anyhow.facts["own_concept_excluded"]) == ("knn-giqa", False)
+    assert (anyhow.facts["metric"], anyhow.facts["own_concept_excluded"]) == ("m", False)
 
 
 def ranks(values: list[float]) -> list[float]:
