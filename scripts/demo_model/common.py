@@ -33,7 +33,7 @@ class Data:
     def __init__(self, folder: Path, device: torch.device | str, limit: int | None = None) -> None:
         stored = load_file(folder / "dataset.safetensors")
         self.facts: list[dict[str, Any]] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        content, offsets = bytes(stored["webp"].numpy()), stored["offsets"].tolist()
+        content, offsets = stored_pictures(folder)
         decoded = [_decoded(content[start:end]) for start, end in pairwise(offsets)]
         self.pictures = torch.stack(decoded).to(device)
         self.tokens = stored["tokens"].long().to(device)
@@ -46,6 +46,12 @@ class Data:
     def images(self, rows: Tensor) -> Tensor:
         """Pictures as `(N, 3, 64, 64)` floats in -1 .. 1."""
         return self.pictures[rows].float().div(127.5).sub(1)
+
+
+def stored_pictures(folder: Path) -> tuple[bytes, list[int]]:
+    """The pictures as they are stored, WebP one after the other, and where each begins; the end stands last."""
+    stored = load_file(folder / "dataset.safetensors")
+    return bytes(stored["webp"].numpy()), stored["offsets"].tolist()
 
 
 def _decoded(content: bytes) -> Tensor:

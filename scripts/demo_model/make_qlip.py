@@ -6,7 +6,7 @@ r"""From the trained demo pipeline to its QLIP: prompts, labels, T2Q, ranges, Q2
         --set references=build/qlip/references --set standardise=true --guidance 3 --seed 1 --batch-size 64 \
         --device cuda --out build/qlip/labels.safetensors
     python scripts/demo_model/make_qlip.py t2q build/qlip
-    qlip-plugins calibrate recipes/qlip_demo/pipeline --prompts build/qlip/calibration.txt --guidance 3 \
+    qlip-plugins calibrate recipes/qlip_demo/pipeline --prompts scripts/demo_model/calibration.txt --guidance 3 \
         --activation-bits 8 16 --iterations 800 --activation-iterations 300 --out recipes/qlip_demo/base
     python scripts/demo_model/make_qlip.py ranges build/qlip demo-w4a8    # and demo-w4a16
     python scripts/demo_model/make_qlip.py q2b build/qlip demo-qlip-468 --bit-weight 4e-3 --trajectories 20
@@ -23,10 +23,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common import LEVELS, Data
+from common import stored_pictures
 from qlip_plugins.controller import apply
 from qlip_plugins.embeddings import EncodedPrompts
 from qlip_plugins.fitting import fit_ranges
@@ -39,53 +38,66 @@ from qlip_plugins.training import Q2BTraining, train_controller, train_t2q
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 25
 GUIDANCE = 3.0
-SEEN_CONCEPTS = 257
+LABEL_PROMPTS = 10_000
+STYLES = 4
 HELD_SHARE = 0.25
 HIDDEN = 128
-CALIBRATION_PROMPTS = 144
 RANGE_PROMPTS = 48
 WIDTHS = (4, 6, 8, 16)
 EARLY = 2
 
 
 def prompts(options: argparse.Namespace) -> None:
-    """Choose label prompts, every held-out concept and some trained ones at all levels, and calibration prompts."""
-    facts = json.loads((options.data / "facts.json").read_text(encoding="utf-8"))
-    families = json.loads((ROOT / "data/emoji_64/split.json").read_text(encoding="utf-8"))["families"]
+    """Choose label prompts: every concept at all levels in one style, then in another, and so on, up to 10,000.
+
+    The tag `split` holds whole families of concepts out, a quarter of them.
+    """
+    facts = read_json(options.data / "facts.json")
+    families = read_json(ROOT / "data/emoji_64/split.json")["families"]
     family = {concept: key for key, members in families.items() for concept in members}
     by_concept: dict[str, list[dict[str, Any]]] = {}
     for fact in facts:
         by_concept.setdefault(fact["hex"], []).append(fact)
+    concepts = sorted(by_concept)
+    held = set(_shuffled({family.get(concept, concept) for concept in concepts}, HELD_SHARE))
     draw = random.Random(0)
-    seen = sorted(hex_ for hex_, found in by_concept.items() if not found[0]["held_out"])
-    unseen = sorted(hex_ for hex_, found in by_concept.items() if found[0]["held_out"])
-    draw.shuffle(seen)
-    chosen: dict[str, dict[str, Any]] = {}
-    for concept in [*unseen, *seen[:SEEN_CONCEPTS]]:
-        fact = draw.choice(by_concept[concept])
-        for level, text in enumerate(fact["captions"], 1):
-            tags = {"concept": concept, "family": family.get(concept, concept), "level": str(level)}
-            tags |= {"seen": "unseen" if fact["held_out"] else "seen"}
-            tags |= {key: fact[key] for key in ("style", "group", "subgroup")}
-            chosen.setdefault(text, tags)
+    orders = {concept: draw.sample(by_concept[concept], len(by_concept[concept])) for concept in concepts}
+    chosen: dict[str, dict[str, str]] = {}
+    for turn in range(STYLES):
+        for concept in draw.sample(concepts, len(concepts)):
+            if turn < len(orders[concept]) and len(chosen) < LABEL_PROMPTS:
+                _choose(chosen, orders[concept][turn], family.get(concept, concept), held)
     options.out.mkdir(parents=True, exist_ok=True)
     described = [json.dumps({"prompt": text, **tags}, ensure_ascii=False) for text, tags in chosen.items()]
     (options.out / "label_prompts.jsonl").write_text("\n".join(described) + "\n", encoding="utf-8")
-    rest = [draw.choice(by_concept[concept]) for concept in seen[SEEN_CONCEPTS:]]
-    lines = [fact["captions"][number % LEVELS] for number, fact in enumerate(rest[:CALIBRATION_PROMPTS])]
-    (options.out / "calibration.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
+
+
+def _shuffled(families: set[str], share: float) -> list[str]:
+    order = sorted(families)
+    random.Random(1).shuffle(order)
+    return order[: round(len(order) * share)]
+
+
+def _choose(chosen: dict[str, dict[str, str]], fact: dict[str, Any], family: str, held: set[str]) -> None:
+    """All captions of a picture, except those that another picture has."""
+    for level, text in enumerate(fact["captions"], 1):
+        tags = {"concept": fact["hex"], "family": family, "level": str(level)}
+        tags["seen"] = "unseen" if fact["held_out"] else "seen"
+        tags["split"] = "held" if family in held else "train"
+        chosen.setdefault(text, tags | {key: fact[key] for key in ("style", "group", "subgroup")})
 
 
 def references(options: argparse.Namespace) -> None:
     """The training pictures as a folder, each with the concept that it shows."""
-    data, folder = Data(options.data, "cpu"), options.out / "references"
+    content, offsets = stored_pictures(options.data)
+    facts, folder = read_json(options.data / "facts.json"), options.out / "references"
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for row in data.train.tolist():
-        name = f"{row:06d}.png"
-        pixels = data.pictures[row].permute(1, 2, 0).contiguous().numpy()
-        Image.fromarray(pixels).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "concept": data.facts[row]["hex"]}))
+    for row, fact in enumerate(facts):
+        if not fact["held_out"]:
+            name = f"{row:06d}.webp"
+            (folder / name).write_bytes(content[offsets[row] : offsets[row + 1]])
+            lines.append(json.dumps({"file_name": name, "concept": fact["hex"]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -115,7 +127,7 @@ def ranges(options: argparse.Namespace) -> None:
     """Fit ranges for every width of both menus while the base generates calibration prompts."""
     recipe = Recipe.load(options.recipe)
     pipe = placed(load_pipeline(recipe), settings_of(options))
-    lines = (options.out / "calibration.txt").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "scripts/demo_model/calibration.txt").read_text(encoding="utf-8").splitlines()
     texts = lines[: options.limit or RANGE_PROMPTS]
 
     def run() -> None:
