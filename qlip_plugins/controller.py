@@ -307,16 +307,59 @@ class BitController:
         """Take everything off the pipeline; a second call does nothing."""
         self.removed = True
         self._handle.remove()
-        if self._schedulers is not None and self.pipe.scheduler is self._schedulers[1]:
-            self.pipe.scheduler = self._schedulers[0]
-        self._schedulers = None
+        self.uncorrect()
         self.planner.remove()
         self.quantizers.remove()
 
+    def follow(self, plan: BitPlan) -> None:
+        """Follow a given plan from now on, in place of the planner at hand; the quantizers stay installed.
+
+        Args:
+            plan: of one prompt, followed for every prompt, or of as many as a batch has.
+
+        Raises:
+            IncompatibleModelError: it sets quantizers that this base has not.
+        """
+        planner = TablePlanner(plan, self.quantizers)
+        self.planner.remove()
+        # What the other planner set, and this plan leaves alone, must not stay as it was.
+        for quantizer in self.quantizers.values():
+            quantizer.set_bits(quantizer.base_bits)
+        self.planner, self._plan, self._seen, self._columns = planner, None, (None, None), {}
+
+    def plan_for(self, states: Tensor) -> BitPlan:
+        """The plan of P prompts with text states `(P, T, D)`, for generations like the last one.
+
+        Raises:
+            BitsError: nothing has been generated yet.
+        """
+        self._check_generated()
+        calls = [timestep for timestep, _ in self._visits.elements()]
+        return self.planner.plan(states, tuple(dict.fromkeys(calls)), _GenerationCosts(self, calls))
+
+    def costs_of(self, plan: BitPlan) -> list[Cost]:
+        """What each prompt of a plan costs, in a generation like the last one.
+
+        Raises:
+            BitsError: nothing has been generated yet, or the plan is of other timesteps.
+        """
+        self._check_generated()
+        return cost_of(plan, self.counts(), self.state.weight_bits(), self.base_bits(), self._visits)
+
+    def _check_generated(self) -> None:
+        if not self._visits:
+            raise BitsError("nothing has been generated under this recipe yet, so there is nothing to report")
+
     def correct(self, scheduler: Any) -> None:
-        """Let the pipeline sample with another scheduler until `remove`."""
+        """Let the pipeline sample with another scheduler until `remove` or `uncorrect`."""
         self._schedulers = (self.pipe.scheduler, scheduler)
         self.pipe.scheduler = scheduler
+
+    def uncorrect(self) -> None:
+        """Let the pipeline sample with its own scheduler again; without `correct` before, nothing happens."""
+        if self._schedulers is not None and self.pipe.scheduler is self._schedulers[1]:
+            self.pipe.scheduler = self._schedulers[0]
+        self._schedulers = None
 
     def report(self) -> Report:
         """What the last generation cost.
@@ -324,10 +367,9 @@ class BitController:
         Raises:
             BitsError: nothing has been generated yet.
         """
-        if self._plan is None:
-            raise BitsError("nothing has been generated under this recipe yet, so there is nothing to report")
-        counts, weight_bits = self.counts(), self.state.weight_bits()
-        costs = cost_of(self._plan, counts, weight_bits, self.base_bits(), self._visits)
+        self._check_generated()
+        assert self._plan is not None  # it was made before the first call
+        costs = self.costs_of(self._plan)
         return Report(
             prompts=costs,
             mean=mean_cost(costs),

@@ -7,7 +7,8 @@
     ├── ArtefactError           a file is missing, damaged or not what it claims   exit 3
     │   └── ForeignFormatError  the file is sound, but of another format
     ├── IncompatibleModelError  the file is sound but belongs to another model     exit 4
-    └── HostError               an installed package is missing or too old         exit 4
+    ├── HostError               an installed package is missing or too old         exit 4
+    └── GateFailedError         a comparison does not meet a stated gate           exit 5
 
 A message says where, what was found, what was expected and what to do.
 """
@@ -59,4 +60,11 @@ class HostError(QlipError):
     exit_code = 4
 
 
+class GateFailedError(QlipError):
+    """A comparison does not meet a gate that was stated for it."""
+
+    exit_code = 5
+
+
 INSTALL_HINT = "pip install 'qlip-plugins[diffusers]' (in a clone: pip install '.[diffusers]')"
+EVALUATION_HINT = "pip install 'qlip-plugins[evaluation]' (in a clone: pip install '.[evaluation]')"
