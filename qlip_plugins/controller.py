@@ -337,6 +337,11 @@ class BitController:
         calls = [timestep for timestep, _ in self._visits.elements()]
         return self.planner.plan(states, tuple(dict.fromkeys(calls)), _GenerationCosts(self, calls))
 
+    @property
+    def visits(self) -> Visits:
+        """The calls of the last generation."""
+        return Counter(self._visits)
+
     def costs_of(self, plan: BitPlan) -> list[Cost]:
         """What each prompt of a plan costs, in a generation like the last one.
 

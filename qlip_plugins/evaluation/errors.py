@@ -18,10 +18,10 @@ from ..embeddings import EncodedPrompts, PromptEmbeddings
 from ..errors import IncompatibleModelError
 from ..generation import Settings, noise_seeds, sample_encoded
 from ..image_features import ImageFeatures
-from ..metrics import Cost
+from ..metrics import Cost, cost_of
 from ..plan import BitPlan
 from ..quality import Quality
-from ..recipe import Recipe
+from ..recipe import FULL_PRECISION, Recipe
 from ..recording import Course, recording
 
 LEAST_MSE = 1e-10
@@ -109,6 +109,12 @@ class Pair:
         distinct = BitPlan(rows.view(-1, *plan.bits.shape[1:]), plan.timesteps, plan.layers)
         found = self.controller.costs_of(distinct)
         return [found[index] for index in place.tolist()]
+
+    def full_precision_costs(self) -> list[Cost]:
+        """What each of the n prompts costs with no quantizer anywhere."""
+        plan, controller = self.base_plan, self.controller
+        wide = replace(plan, bits=torch.full_like(plan.bits, FULL_PRECISION))
+        return cost_of(wide, controller.counts(), {}, {}, controller.visits) * len(self.prompts.prompts)
 
 
 @contextmanager
@@ -207,6 +213,11 @@ class Measuring:
         self._noises = noises_of(self._prompts.prompts, pair.settings.seed, batch.seed)
         self._course, self._pictures = self._sampled(pair.teacher, None, self.pictures_are)
         self._described = self._describe(self._pictures)
+
+    @property
+    def timesteps(self) -> list[float]:
+        """Of the C calls of the denoiser."""
+        return self._course.timesteps
 
     @property
     def pictures_are(self) -> str:

@@ -82,7 +82,7 @@ def fingerprint_of(protocol: Mapping[str, Any]) -> str:
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """The fields in which two protocols differ, `field: first, second`."""
-    ours, theirs = dict(_flat(first)), dict(_flat(second))
+    ours, theirs = flat(first), flat(second)
     return [
         f"{name}: {ours.get(name, 'absent')!r}, {theirs.get(name, 'absent')!r}"
         for name in sorted(ours.keys() | theirs)
@@ -90,11 +90,12 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
     ]
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    found: dict[str, Any] = {}
     for name, item in value.items():
         whole = prefix + name
-        found += _flat(item, whole + ".") if isinstance(item, Mapping) and item else [(whole, item)]
+        found |= flat(item, whole + ".") if isinstance(item, Mapping) and item else {whole: item}
     return found
 
 
