@@ -1,7 +1,7 @@
 """The `qlip-plugins` program: each verb a few lines over the library.
 
 stdout is data, stderr is talk. Exit codes: 0 ok, 2 usage or recipe, 3 bad artefact, 4 incompatible
-model or host.
+model or host, 5 a gate of a comparison failed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         _say(
-            "interrupted; nothing was left half-written (calibrate, fit-correction and label go on where they stopped)"
+            "interrupted; nothing was left half-written (calibrate, fit-correction, label and evaluate go on where they stopped)"
         )
         return 130
     return code
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlip-plugins",
         description="Text-conditioned activation bits (QLIP) for quantized diffusion models.",
-        epilog="exit codes: 0 ok, 2 usage or recipe, 3 bad artefact, 4 incompatible model or host",
+        epilog="exit codes: 0 ok, 2 usage or recipe, 3 bad artefact, 4 incompatible model or host, 5 gate failed",
     )
     parser.add_argument(
         "--version", action="version", version=f"qlip-plugins {metadata.version('qlip-plugins')}"
@@ -116,13 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         help="share of fresh noise a step, of DDIM samplers, 0 to 1 (default 0)",
     )
-    generate.add_argument(
-        "--budget",
-        type=_budget,
-        metavar="KIND=AMOUNT",
-        help="what a qlip controller's plans may cost: relative=0.8 (of the base's BitOPs), fab=5.5 or bitops=0.02; "
-        "with ,per=prompt or ,per=batch where not the mean of the controller's own prompts is to meet it",
-    )
+    _add_budget(generate)
     generate.add_argument(
         "--out", type=Path, required=True, help="folder to write; an earlier result is replaced"
     )
@@ -159,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     correction.set_defaults(run=_fit_correction, dtype="float32", eta=0.0)
 
     _add_label(verbs, common)
+    _add_evaluate(verbs, common)
+    _add_compare(verbs, common)
 
     doctor = verbs.add_parser("doctor", parents=[common], help="say which hosts and adapters are usable")
     doctor.set_defaults(run=_doctor)
@@ -293,6 +289,85 @@ def _add_label(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     _add_sampler(label)
     label.set_defaults(run=_label, dtype="float32", eta=0.0)
+
+
+def _add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
+    evaluate = verbs.add_parser(
+        "evaluate",
+        parents=[common],
+        help="measure allocations of a recipe's base against full precision; can be resumed",
+        description="Runs under `accelerate launch -m qlip_plugins evaluate ...` on several GPUs, which share the "
+        "work.",
+    )
+    evaluate.add_argument("recipe", help="file, or name of a shipped recipe")
+    evaluate.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl with tags"
+    )
+    evaluate.add_argument(
+        "--out", type=Path, required=True, help="folder to write; an earlier run there is replaced"
+    )
+    evaluate.add_argument(
+        "--references", type=Path, metavar="FOLDER", help="pictures that sets are compared with: FID, sFID, KID"
+    )
+    evaluate.add_argument(
+        "--features",
+        action="append",
+        metavar="NAME[=PATH]",
+        help="what describes pictures; may be given repeatedly (default demo)",
+    )
+    evaluate.add_argument("--metric", metavar="NAME", help="of single pictures, such as an image-text score")
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the metric"
+    )
+    evaluate.add_argument("--seeds", type=int, default=4, help="noises of each prompt (default 4)")
+    evaluate.add_argument(
+        "--allocations",
+        default="base,recipe",
+        metavar="NAME,...",
+        help="base: every controlled quantizer at the base's width; recipe: the recipe's own plans (default "
+        "base,recipe)",
+    )
+    _add_budget(evaluate)
+    evaluate.add_argument(
+        "--pictures", type=int, default=8, metavar="N", help="of the first N prompts are kept (default 8)"
+    )
+    evaluate.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default 16)")
+    evaluate.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
+    )
+    _add_sampler(evaluate)
+    evaluate.set_defaults(run=_evaluate, dtype="float32", eta=0.0)
+
+
+def _add_compare(verbs: Any, common: argparse.ArgumentParser) -> None:
+    compare = verbs.add_parser(
+        "compare", parents=[common], help="compare two runs of evaluate, picture by picture"
+    )
+    compare.add_argument("first", metavar="RUN_A[:ALLOCATION]", help="run folder (default allocation: recipe)")
+    compare.add_argument("second", metavar="RUN_B[:ALLOCATION]", help="compared with the first")
+    compare.add_argument(
+        "--gate",
+        action="append",
+        default=[],
+        metavar="FIGURE<=NUMBER",
+        help="such as error_led.difference.high<=0 or bitops_paper.ratio<=0.8; exit code 5 where it is not met; may be "
+        "given repeatedly",
+    )
+    compare.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write the figures and a page of the worst cases"
+    )
+    compare.add_argument("--force", action="store_true", help="compare runs of different protocols")
+    compare.set_defaults(run=_compare)
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="KIND=AMOUNT",
+        help="what a qlip controller's plans may cost: relative=0.8 (of the base's BitOPs), fab=5.5 or bitops=0.02; "
+        "with ,per=prompt or ,per=batch where not the mean of the controller's own prompts is to meet it",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -460,15 +535,18 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    recipe = Recipe.load(options.recipe)
-    if options.budget is not None:
-        recipe = recipe.within(options.budget)
+    recipe = _budgeted(options)
     from .generation import generate
 
     report = generate(recipe, options.prompt, _settings(options), options.out)
     _print(report, (options.out / "report.txt").read_text(encoding="utf-8").rstrip(), options.json)
     _say(f"wrote {options.out}/ ({len(options.prompt)} pictures, drawn plans, plan.safetensors, report.json)")
     return 0
+
+
+def _budgeted(options: argparse.Namespace) -> Recipe:
+    recipe = Recipe.load(options.recipe)
+    return recipe if options.budget is None else recipe.within(options.budget)
 
 
 def _settings(options: argparse.Namespace) -> Any:
@@ -589,6 +667,51 @@ def _label(options: argparse.Namespace) -> int:
     facts = label(what, _say)
     if facts is not None:
         _print(facts, "\n".join(f"{key}: {value}" for key, value in facts.items()), options.json)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    recipe = _budgeted(options)
+    prompts = read_prompts(options.prompts)
+    prompts.check_distinct(options.prompts)
+    if options.set and options.metric is None:
+        raise RecipeError(f"--set {options.set[0]}: an option of a metric, and there is no --metric")
+    from .evaluation.command import EvaluationRequest, as_text, evaluate
+
+    out = options.out.resolve()
+    what = EvaluationRequest(
+        recipe=recipe,
+        prompts=prompts,
+        prompts_file=options.prompts,
+        settings=_settings(options),
+        out=options.out,
+        work=options.work or out.with_name(f"{out.name}.work"),
+        seeds=options.seeds,
+        batch=options.batch_size,
+        features=tuple(options.features or ("demo",)),
+        references=options.references,
+        metrics={} if options.metric is None else {options.metric: parse_options(options.set)},
+        allocations=tuple(options.allocations.split(",")),
+        pictures=options.pictures,
+    )
+    facts = evaluate(what, _say)
+    if facts is not None:
+        _print(facts, as_text(facts), options.json)
+        _say(f"wrote {options.out}/")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .evaluation.comparison import as_text, check_gates, compare, parse_gate, write_comparison
+
+    gates = [parse_gate(text) for text in options.gate]
+    found = compare(options.first, options.second, force=options.force, gates=gates)
+    if options.out is not None:
+        write_comparison(found, options.out)
+    _print(found.to_dict(), as_text(found), options.json)
+    if options.out is not None:
+        _say(f"wrote {options.out}/; open {options.out / 'index.html'}")
+    check_gates(found)
     return 0
 
 

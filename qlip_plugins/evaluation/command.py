@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -131,11 +130,11 @@ def evaluate(what: EvaluationRequest, say: Callable[[str], None]) -> dict[str, A
         judges, references = _judges(what, pipe, processes.device)
         with paired(pipe, what.recipe, what.prompts.prompts, what.settings) as pair:
             run = _Evaluation(what, pair, judges, references, allocations_of(pair, what.allocations))
-            with _work_folder(run, processes) as folder:
-                run.measure(folder, processes, say)
-                if not processes.main:
-                    return None
-                facts = run.write(folder)
+            folder = _work_folder(run, processes)
+            run.measure(folder, processes, say)
+            if not processes.main:
+                return None
+            facts = run.write(folder)
             folder.remove()
     return facts
 
@@ -173,8 +172,7 @@ def _judges(what: EvaluationRequest, pipe: Any, device: str) -> tuple[Judges, Pi
     return Judges(features, scores), references
 
 
-@contextmanager
-def _work_folder(run: _Evaluation, processes: Processes) -> Iterator[WorkFolder]:
+def _work_folder(run: _Evaluation, processes: Processes) -> WorkFolder:
     identity = {
         **flat(run.protocol, "protocol."),
         "recipe": run.what.recipe.model_dump(mode="json"),
@@ -186,7 +184,7 @@ def _work_folder(run: _Evaluation, processes: Processes) -> Iterator[WorkFolder]
     folder = WorkFolder(run.what.work, WORK, RUN_VERSION, identity)
     if processes.main:
         processes.wait()
-    yield folder
+    return folder
 
 
 class _Evaluation:
