@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         _say(
-            "interrupted; nothing was left half-written (calibrate, fit-correction, label and evaluate go on where they stopped)"
+            "interrupted; nothing was left half-written (calibrate, fit-correction, label and evaluate go on where "
+            "they stopped)"
         )
         return 130
     return code

@@ -226,8 +226,9 @@ class Measuring:
 
     def full_precision(self) -> Measured:
         """What there is to say of the full-precision pictures themselves."""
-        none = torch.zeros(len(self._noises), len(self._course.timesteps), dtype=torch.float64)
-        return self._on_cpu({"error_led": none, "error_own": none, **self._compared(self._pictures)})
+        shape = (len(self._noises), len(self.timesteps))
+        none = {name: torch.zeros(shape, dtype=torch.float64) for name in ("error_led", "error_own")}
+        return self._on_cpu({**none, **self._compared(self._pictures)})
 
     def allocation(self, plan: BitPlan) -> Measured:
         """What a plan does.
