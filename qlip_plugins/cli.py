@@ -308,7 +308,10 @@ def _add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, help="folder to write; an earlier run there is replaced"
     )
     evaluate.add_argument(
-        "--references", type=Path, metavar="FOLDER", help="pictures that sets are compared with: FID, sFID, KID"
+        "--references",
+        type=Path,
+        metavar="FOLDER",
+        help="pictures that sets are compared with: FID, sFID, KID",
     )
     evaluate.add_argument(
         "--features",
@@ -344,7 +347,9 @@ def _add_compare(verbs: Any, common: argparse.ArgumentParser) -> None:
     compare = verbs.add_parser(
         "compare", parents=[common], help="compare two runs of evaluate, picture by picture"
     )
-    compare.add_argument("first", metavar="RUN_A[:ALLOCATION]", help="run folder (default allocation: recipe)")
+    compare.add_argument(
+        "first", metavar="RUN_A[:ALLOCATION]", help="run folder (default allocation: recipe)"
+    )
     compare.add_argument("second", metavar="RUN_B[:ALLOCATION]", help="compared with the first")
     compare.add_argument(
         "--gate",

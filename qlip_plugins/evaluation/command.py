@@ -42,6 +42,7 @@ from .run import (
     RUN_NAME,
     RUN_VERSION,
     file_name,
+    in_order,
     picture_name,
 )
 
@@ -240,9 +241,7 @@ class _Evaluation:
                 found["pictures"] = found["pictures"][:kept]
             if self.references is None:
                 found = {key: value for key, value in found.items() if not key.startswith("spatial.")}
-            write_tensors(
-                _part(folder, name, batch), WORK, RUN_VERSION, found, timesteps=measuring.timesteps
-            )
+            write_tensors(_part(folder, name, batch), WORK, RUN_VERSION, found, timesteps=measuring.timesteps)
             done(f"{name} {batch.name}")
 
     def write(self, folder: WorkFolder) -> dict[str, Any]:
@@ -271,9 +270,7 @@ class _Evaluation:
                 (out / "plans").mkdir(exist_ok=True)
                 plan.save(out / "plans" / f"{file_name(name)}.safetensors")
             facts = self._facts(allocations)
-            write_tensors(
-                out / RESULTS_NAME, RUN_FORMAT, RUN_VERSION, results, fingerprint=self.fingerprint
-            )
+            write_tensors(out / RESULTS_NAME, RUN_FORMAT, RUN_VERSION, results, fingerprint=self.fingerprint)
             draw_pareto(facts, out / "pareto.png")
             draw_grid(facts, out)
             (out / RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -328,9 +325,7 @@ class _Evaluation:
                 Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
 
     def _costs(self, name: str) -> Measured:
-        costs = (
-            self.pair.full_precision_costs() if name == FULL else self.pair.costs(self.plans[name])
-        )
+        costs = self.pair.full_precision_costs() if name == FULL else self.pair.costs(self.plans[name])
         return {
             kind: torch.tensor([getattr(cost, kind) for cost in costs], dtype=torch.float64)
             for kind in COSTS
@@ -340,14 +335,14 @@ class _Evaluation:
     def _figures(self, found: Measured) -> dict[str, Any]:
         clusters = clusters_of(self.what.prompts)
         return {
-            key: mean_interval(value.double().flatten(1).mean(1) if value.ndim > 1 else value, clusters).to_dict()
+            key: mean_interval(
+                value.double().flatten(1).mean(1) if value.ndim > 1 else value, clusters
+            ).to_dict()
             for key, value in found.items()
             if not key.startswith(_SET_ONLY)
         }
 
-    def _sets(
-        self, folder: WorkFolder, name: str, found: Measured, described: Measured
-    ) -> dict[str, Any]:
+    def _sets(self, folder: WorkFolder, name: str, found: Measured, described: Measured) -> dict[str, Any]:
         """FID, sFID and KID to the references, for each extractor."""
         path = folder.file(f"sets-{file_name(name)}.json")
         if path.exists():
@@ -396,22 +391,26 @@ def _check_rows(path: Path, tensors: Measured, rows: int) -> None:
 def as_text(facts: Mapping[str, Any]) -> str:
     """The tables of a run, the primary metric first."""
     allocations = facts["allocations"]
-    columns = list(dict.fromkeys(key for found in allocations.values() for key in found["figures"]))
-    pictured = [key for key in columns if key not in (*COSTS, "error_led", "error_own")]
+    columns = in_order({key for found in allocations.values() for key in found["figures"]})
+    errors, costs = columns[:2], [key for key in columns if key in COSTS]
+    pictured = [key for key in columns if key not in (*errors, *costs)]
     n = len(facts["prompts"])
     seeds = facts["protocol"]["noises"]["per_prompt"]
     lines = [
         f"protocol {facts['fingerprint']}: {n} prompts, {seeds} noises each, {len(set(facts['clusters']))} clusters; "
         "means with 95% intervals, bootstrap by cluster",
         "",
-        *_table(allocations, ["error_led", "error_own", *(key for key in COSTS if key in columns)]),
+        *_table(allocations, [*errors, *costs]),
         "",
         *_table(allocations, pictured),
     ]
     sets = {key: found["label"] for each in allocations.values() for key, found in each["sets"].items()}
     if sets:
         references = facts["protocol"]["references"]["n"]
-        lines += ["", f"{n * seeds} pictures against {references} references, with intervals (docs/evaluation.md)"]
+        lines += [
+            "",
+            f"{n * seeds} pictures against {references} references, with intervals (docs/evaluation.md)",
+        ]
         lines += _set_table(allocations, sets)
     return "\n".join([*lines, "", *(f"note: {note}" for note in facts["notes"])])
 
@@ -433,15 +432,15 @@ def _set_table(allocations: Mapping[str, Any], labels: Mapping[str, str]) -> lis
 def _interval(found: Mapping[str, Any] | None, middle: str) -> str:
     if found is None:
         return "-"
-    if found["low"] is None or found["low"] == found["high"]:
-        return f"{found[middle]:.4g}"
-    return f"{found[middle]:.4g} [{found['low']:.4g}, {found['high']:.4g}]"
+    value, *ends = (
+        "" if number is None else f"{number:.4g}" for number in (found[middle], found["low"], found["high"])
+    )
+    return value if ends[0] in ("", ends[1]) else f"{value} [{', '.join(ends)}]"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of a table with their columns in line."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]

@@ -23,7 +23,7 @@ from ..files import check_replaceable, folder_written_whole
 from ..schema import nearest
 from .bootstrap import mean_interval
 from .protocol import differences
-from .run import COSTS, PRIMARY, Run
+from .run import PRIMARY, Run, in_order
 
 COMPARISON_FORMAT = "qlip-plugins comparison"
 COMPARISON_VERSION = 1
@@ -70,7 +70,9 @@ def parse_gate(text: str) -> Gate:
     except ValueError:
         bound = math.nan
     if found is None or not math.isfinite(bound):
-        raise RecipeError(f"--gate {text!r}: expected FIGURE<=NUMBER (or >=, <, >), such as error_led.difference<=0")
+        raise RecipeError(
+            f"--gate {text!r}: expected FIGURE<=NUMBER (or >=, <, >), such as error_led.difference<=0"
+        )
     return Gate(text, found["figure"], found["operator"], bound)
 
 
@@ -128,9 +130,7 @@ class Comparison:
             "pairs": self.pairs,
             "figures": dict(self.figures),
             "sets": dict(self.sets),
-            "gates": [
-                {"gate": gate.text, "value": value, "met": met} for gate, value, met in self.gates
-            ],
+            "gates": [{"gate": gate.text, "value": value, "met": met} for gate, value, met in self.gates],
             "worst": [
                 {
                     "prompt": case.prompt,
@@ -196,7 +196,7 @@ def check_gates(found: Comparison) -> None:
 
 def flat_figures(figures: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, float]:
     """Every number that a gate can name, such as `error_led.difference.high`; None counts as NaN."""
-    flat: dict[str, float] = {}
+    flat: dict[str, float | None] = {}
     for name, found in figures.items():
         flat |= {f"{name}.{part}": found[part] for part in ("a", "b", "ratio")}
         flat[f"{name}.difference"] = found["difference"]["mean"]
@@ -260,9 +260,7 @@ class _Pairing:
         values = [side.run.of(side.allocation) for side in self.sides]
         names = [name for name in values[0] if name in values[1]]
         self.values = {
-            name: tuple(
-                self._picked(side[name], which) for which, side in enumerate(values)
-            )
+            name: tuple(self._picked(side[name], which) for which, side in enumerate(values))
             for name in names
         }
         rows = [place[1][0] for place in self.places]
@@ -273,9 +271,7 @@ class _Pairing:
 
     def _picked(self, values: Tensor, side: int) -> Tensor:
         """The values of the paired pictures, `(pairs,)`, float64."""
-        rows, seeds = (
-            torch.tensor([place[1 + side][axis] for place in self.places]) for axis in (0, 1)
-        )
+        rows, seeds = (torch.tensor([place[1 + side][axis] for place in self.places]) for axis in (0, 1))
         return (values[rows] if values.ndim == 1 else values[rows, seeds]).double()
 
     def _by_prompt(self, values: Tensor) -> Tensor:
@@ -284,8 +280,7 @@ class _Pairing:
         return sums / zeros.index_add(0, self._prompt, torch.ones_like(values))
 
     def figures(self) -> dict[str, Any]:
-        order = sorted(self.values, key=lambda name: (name != PRIMARY, name in COSTS))
-        return {name: self._figure(*self.values[name]) for name in order}
+        return {name: self._figure(*self.values[name]) for name in in_order(self.values)}
 
     def _figure(self, first: Tensor, second: Tensor) -> dict[str, Any]:
         a, b = (float(self._by_prompt(values).mean()) for values in (first, second))
@@ -306,8 +301,7 @@ class _Pairing:
     def _case(self, index: int) -> Case:
         (prompt, noise), *places = self.places[index]
         paths = [
-            side.run.picture(side.allocation, *place)
-            for side, place in zip(self.sides, places, strict=True)
+            side.run.picture(side.allocation, *place) for side, place in zip(self.sides, places, strict=True)
         ]
         kept = tuple(path if path.is_file() else None for path in paths)
         first, second = (
@@ -339,7 +333,9 @@ def as_text(found: Comparison) -> str:
         change = figure["difference"]
         interval = "-" if change["low"] is None else f"[{change['low']:.4g}, {change['high']:.4g}]"
         ratio = "-" if figure["ratio"] is None else f"{figure['ratio']:.4g}"
-        rows.append([name, f"{figure['a']:.4g}", f"{figure['b']:.4g}", f"{change['mean']:.4g}", interval, ratio])
+        rows.append(
+            [name, f"{figure['a']:.4g}", f"{figure['b']:.4g}", f"{change['mean']:.4g}", interval, ratio]
+        )
     n, clusters = next((f["difference"]["n"], f["difference"]["clusters"]) for f in found.figures.values())
     lines = [*_heading(found, n, clusters), "", *aligned(rows)]
     if found.sets:
@@ -354,7 +350,8 @@ def as_text(found: Comparison) -> str:
     if found.worst:
         lines += ["", f"largest rises of {PRIMARY}:"]
         lines += [
-            f"  {case.first[PRIMARY]:.4g} -> {case.second[PRIMARY]:.4g}  {case.prompt}" for case in found.worst
+            f"  {case.first[PRIMARY]:.4g} -> {case.second[PRIMARY]:.4g}  {case.prompt}"
+            for case in found.worst
         ]
     return "\n".join(lines)
 

@@ -68,10 +68,10 @@ def _draw_costs(axes: Any, points: Mapping[str, Any], cost: str) -> None:
         )
     if order and min(points[name][PRIMARY]["mean"] for name in order) > 0:
         axes.set_yscale("log")
+    axes.locator_params(axis="x", nbins=5)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
     axes.grid(alpha=0.25, which="both")
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False, handletextpad=0.3
-    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False, handletextpad=0.3)
 
 
 def draw_grid(facts: Mapping[str, Any], folder: Path) -> None:

@@ -118,9 +118,7 @@ class Pair:
 
 
 @contextmanager
-def paired(
-    pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings
-) -> Iterator[Pair]:
+def paired(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Iterator[Pair]:
     """Put a recipe on a copy of a pipeline's UNet, so that both models are at hand.
 
     Args:
@@ -273,9 +271,7 @@ class Measuring:
                 )
         return self._on_cpu(found)
 
-    def _sampled(
-        self, pipe: Any, along: Sequence[Tensor] | None, output_type: str
-    ) -> tuple[Course, Tensor]:
+    def _sampled(self, pipe: Any, along: Sequence[Tensor] | None, output_type: str) -> tuple[Course, Tensor]:
         with recording(pipe, along) as course:
             given = sample_encoded(pipe, self._prompts, self._pair.settings, self._noises, output_type)
         pictures: Tensor = given.float()
@@ -301,7 +297,8 @@ class Measuring:
         found["psnr"] = -10 * mse.clamp(min=LEAST_MSE).log10()
         for name in self._judges.features:
             ours, theirs = (kept[f"features.{name}"].double() for kept in (described, self._described))
-            found[f"distance.{name}"] = 1 - F.cosine_similarity(ours, theirs)
+            # Rounding can take the cosine of equal features above 1.
+            found[f"distance.{name}"] = (1 - F.cosine_similarity(ours, theirs)).clamp(min=0)
         for name, score in self._judges.scores.items():
             found[f"score.{name}"] = score(pictures, self._prompts.prompts).double()
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +21,16 @@ RESULTS_NAME = "results.safetensors"
 OWNED = (RESULTS_NAME, "pictures", "plans", "pareto.png", "grid.png")
 FULL = "full precision"
 
-COSTS = ("fab", "fab_mac_weighted", "bitops_paper", "bitops_full")
+COSTS = ("fab_mac_weighted", "fab", "bitops_paper", "bitops_full")
 PRIMARY = "error_led"
+_ORDER = (PRIMARY, "error_own", "picture_mse", "psnr", "distance.", "score.", *COSTS)
+
+
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """Metrics as tables show them, the primary one first."""
+    return sorted(
+        metrics, key=lambda name: next(n for n, start in enumerate(_ORDER) if name.startswith(start))
+    )
 
 
 def file_name(allocation: str) -> str:
