@@ -63,8 +63,15 @@ def _draw_costs(axes: Any, points: Mapping[str, Any], cost: str) -> None:
         colour = "tab:red" if name == "recipe" else "tab:blue"
         axes.plot([across, across], [low, high], color=colour, alpha=0.45, linewidth=1.6)
         axes.plot([across], [error["mean"]], "o", color=colour, markersize=5, label=f"{number}  {name}")
+        # To both sides in turn: neighbours by cost often have nearly the same error.
+        offset = (6, 3) if number % 2 else (-6, 3)
         axes.annotate(
-            str(number), (across, error["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=9
+            str(number),
+            (across, error["mean"]),
+            xytext=offset,
+            textcoords="offset points",
+            ha="left" if number % 2 else "right",
+            fontsize=8,
         )
     if order and min(points[name][PRIMARY]["mean"] for name in order) > 0:
         axes.set_yscale("log")

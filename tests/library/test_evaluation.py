@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from qlip_plugins import apply
+from qlip_plugins.artefacts import write_tensors
 from qlip_plugins.cli import main
 from qlip_plugins.errors import BitsError, IncompatibleModelError
 from qlip_plugins.evaluation import command
@@ -23,7 +24,7 @@ from qlip_plugins.evaluation.run import Run
 from qlip_plugins.generation import Settings, load_pipeline, noise_seeds, sample_model
 from qlip_plugins.plan import BitPlan
 from qlip_plugins.recipe import Recipe
-from qlip_plugins.recording import recording
+from qlip_plugins.recording import Course, recording
 
 pytest.importorskip("torchmetrics", reason="extra `evaluation`")
 pytest.importorskip("matplotlib", reason="extra `evaluation`")
@@ -88,7 +89,7 @@ def test_errors_are_those_computed_directly() -> None:
 def test_the_float_model_has_no_error_along_its_own_samples() -> None:
     recipe = Recipe.load("golden-w4a8")
     pipe = load_pipeline(recipe)
-    courses = []
+    courses: list[Course] = []
     for along in (False, True):
         with recording(pipe, courses[0].samples if along else None) as course:
             sample_model(pipe, recipe.model, PROMPTS, SETTINGS, "latent")
@@ -191,7 +192,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert main(golden_command(prompts, whole)) == 0
-    write, written = command.write_tensors, list[str]()
+    write, written = write_tensors, list[str]()
 
     def interrupted(path: Path, *arguments: Any, **facts: Any) -> None:
         write(path, *arguments, **facts)
@@ -280,11 +281,11 @@ def test_pictures_are_judged_kept_and_compared_with_references(
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 2 * 128
     with Image.open(out / "pictures" / "base" / "0000-00.png") as ours:
-        pixels = np.array(ours, dtype=float) / 255
+        drawn = np.array(ours, dtype=float) / 255
     with Image.open(out / "pictures" / "full-precision" / "0000-00.png") as theirs:
         reference = np.array(theirs, dtype=float) / 255
     mse = Run.load(out).of("base")["picture_mse"][0, 0]
-    assert float(mse) == pytest.approx(((pixels - reference) ** 2).mean(), rel=1e-4)
+    assert float(mse) == pytest.approx(((drawn - reference) ** 2).mean(), rel=1e-4)
 
 
 def test_the_fingerprint_is_of_the_protocol_and_not_of_the_allocations(prompts: Path, tmp_path: Path) -> None:

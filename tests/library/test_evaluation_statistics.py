@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import scipy
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from qlip_plugins.evaluation.distances import frechet_distance, kernel_distance,
 from qlip_plugins.prompts import PromptSet
 
 pytest.importorskip("torchmetrics", reason="extra `evaluation`")
+linalg = pytest.importorskip("scipy.linalg", reason="extra `evaluation`")
 
 
 def features(n: int, seed: int, shift: float = 0.0, width: int = 6) -> Tensor:
@@ -64,7 +64,7 @@ def test_frechet_distance_is_the_formula() -> None:
     ours, theirs = features(50, 0, 0.3), features(70, 1)
     a, b = ours.double().numpy(), theirs.double().numpy()
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(first @ second).real
+    root = linalg.sqrtm(first @ second).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
     found = frechet_distance(ours, theirs, range(50))
     assert found.value == pytest.approx(expected, rel=1e-9)
