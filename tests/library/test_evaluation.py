@@ -130,20 +130,6 @@ def test_a_plan_leaves_nothing_behind_for_the_next() -> None:
             apply(load_pipeline(recipe), recipe).plan_for(torch.zeros(1, 1, 1))
 
 
-def test_a_correction_is_in_the_sampler_for_its_plan_alone(demo_pipe: Any) -> None:
-    """Its pictures are those that the recipe itself draws."""
-    recipe = Recipe.load("demo-qlip-468-corrected")
-    settings = Settings(steps=25, guidance_scale=3.0)
-    own = demo_pipe.scheduler
-    with paired(demo_pipe, recipe, ("rocket",), settings) as pair:
-        found = Measuring(pair, NO_JUDGES, Batch(0, range(1))).allocation(pair.recipe_plan)["pictures"]
-        assert pair.controller.pipe.scheduler is own
-    with apply(demo_pipe, recipe):
-        (expected,) = sample_model(demo_pipe, recipe.model, ("rocket",), settings, "pil")
-    assert demo_pipe.scheduler is own
-    assert np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - np.array(expected, dtype=int)).max() <= 1
-
-
 def test_noises_are_those_of_generate() -> None:
     assert [noises_of(("a", "b"), 5, number) for number in range(2)] == [
         noise_seeds(("a", "b"), 5),
