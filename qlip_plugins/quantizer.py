@@ -40,20 +40,19 @@ class _ChosenWidths(torch.autograd.Function):
         x, probabilities = ctx.saved_tensors
         scale, zero_point, low_code, high_code = ctx.grids
         grad, rows = grads[0].float(), len(probabilities)
-        codes = torch.round(x.float().unsqueeze(0) / scale) + zero_point
-        clamped = torch.minimum(torch.maximum(codes, low_code), high_code)
-        quantized = ((clamped - zero_point) * scale).to(x.dtype)
-        # A value that the last code just holds counts half, as in the gradients of minimum and maximum.
-        within = (
-            (codes == clamped).float() - (codes == low_code).float() / 2 - (codes == high_code).float() / 2
-        )
+        codes = (x.float().unsqueeze(0) / scale).round_().add_(zero_point)
+        # 1 inside and 0 outside; a last code counts half, as in the gradients of minimum and maximum.
+        from_middle = (codes - (low_code + high_code) / 2).abs_()
+        within = torch.sub((high_code - low_code + 1) / 2, from_middle, out=from_middle).clamp_(0, 1)
+        quantized = codes.clamp_(low_code, high_code).sub_(zero_point).mul_(scale).to(x.dtype)
         if ctx.kept is not None:
             quantized = torch.where(ctx.kept, x, quantized)
             within = torch.where(ctx.kept, torch.ones_like(within), within)
-        to_rows = (grad * quantized.float()).reshape(-1, len(x), x[0].numel()).sum(2).T
+        products = quantized.float().reshape(-1, len(x), x[0].numel()) * grad.flatten(1)
+        to_rows = products.sum(2).T
         to_probabilities = to_rows if rows == len(x) else to_rows.sum(0, keepdim=True)
         shares = probabilities.float().T.reshape(-1, rows, *[1] * (x.ndim - 1))
-        to_x = (grad * (shares * within).sum(0)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        to_x = (within.mul_(shares).sum(0) * grad).to(x.dtype) if ctx.needs_input_grad[1] else None
         return None, to_x, to_probabilities.to(probabilities.dtype), None, None
 
 
