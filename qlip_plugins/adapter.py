@@ -140,12 +140,21 @@ class ActQuantizer(Protocol):
         """
         ...
 
-    def set_mixture(self, widths: tuple[int, ...], probabilities: torch.Tensor) -> None:
-        """Run the likeliest width, and send gradients to every one.
+    def set_mixture(
+        self, widths: tuple[int, ...], probabilities: torch.Tensor, chosen: int | torch.Tensor
+    ) -> None:
+        """Run the chosen widths, and send gradients to every one.
+
+        The value is that of `set_bits(chosen)`, the gradient that of the sum of p_b times what width b makes
+        of the input.
 
         Args:
             widths: the choices, W of them.
             probabilities: `(W,)`, or `(N, W)` for the rows of a batch; non-negative.
+            chosen: what runs: one of `widths` for all rows, or `(N,)` integers.
+
+        Raises:
+            BitsError: a width outside 2..32, one that is chosen and no choice, or sizes that do not fit.
         """
         ...
 

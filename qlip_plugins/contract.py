@@ -283,7 +283,7 @@ def survives_deepcopy(case: BackendCase) -> None:
     with case.installed() as (denoiser, quantizers):
         trained = torch.ones(len(case.widths), requires_grad=True).softmax(-1)
         for quantizer in quantizers.values():
-            quantizer.set_mixture(case.widths, trained)
+            quantizer.set_mixture(case.widths, trained, case.widths[0])
         copy.deepcopy(denoiser)  # in the middle of training, too
         _set_all(quantizers, case.widths[0])
         expected = case.run(denoiser)
@@ -335,11 +335,11 @@ def gradients_reach_every_choice(case: BackendCase) -> None:
             for name in quantizers
         }
         for name, quantizer in quantizers.items():
-            quantizer.set_mixture(case.widths, logits[name].softmax(-1))
+            quantizer.set_mixture(case.widths, logits[name].softmax(-1), case.widths[-1])
         out = denoiser(**case.inputs, return_dict=False)[0]
         _set_all(quantizers, case.widths[-1])
         _require(
-            torch.equal(out.detach(), case.run(denoiser)), "the mixture's forward is not its likeliest width"
+            torch.equal(out.detach(), case.run(denoiser)), "the mixture's forward is not its chosen width"
         )
         out.square().mean().backward()
         for name, logit in logits.items():

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+GridTable = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Scales, zero points, least and greatest codes, in shapes that broadcast to the activations."""
+
 
 class _RoundStraightThrough(torch.autograd.Function):
     @staticmethod
@@ -22,14 +25,35 @@ class _RoundStraightThrough(torch.autograd.Function):
         return grads[0]
 
 
-class _StraightThrough(torch.autograd.Function):
+class _ChosenWidths(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hard: Tensor, soft: Tensor) -> Tensor:
-        return hard.view_as(hard)
+    def forward(
+        ctx: Any, chosen: Tensor, x: Tensor, probabilities: Tensor, grids: GridTable, kept: Tensor | None
+    ) -> Tensor:
+        # Nothing else: what the widths make of x is computed again, for their gradients.
+        ctx.save_for_backward(x, probabilities)
+        ctx.grids, ctx.kept = grids, kept
+        return chosen.view_as(chosen)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, grads[0]
+        x, probabilities = ctx.saved_tensors
+        scale, zero_point, low_code, high_code = ctx.grids
+        grad, rows = grads[0].float(), len(probabilities)
+        codes = (x.float().unsqueeze(0) / scale).round_().add_(zero_point)
+        # 1 inside and 0 outside; a last code counts half, as in the gradients of minimum and maximum.
+        from_middle = (codes - (low_code + high_code) / 2).abs_()
+        within = torch.sub((high_code - low_code + 1) / 2, from_middle, out=from_middle).clamp_(0, 1)
+        quantized = codes.clamp_(low_code, high_code).sub_(zero_point).mul_(scale).to(x.dtype)
+        if ctx.kept is not None:
+            quantized = torch.where(ctx.kept, x, quantized)
+            within = torch.where(ctx.kept, torch.ones_like(within), within)
+        products = quantized.float().reshape(-1, len(x), x[0].numel()) * grad.flatten(1)
+        to_rows = products.sum(2).T
+        to_probabilities = to_rows if rows == len(x) else to_rows.sum(0, keepdim=True)
+        shares = probabilities.float().T.reshape(-1, rows, *[1] * (x.ndim - 1))
+        to_x = (within.mul_(shares).sum(0) * grad).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return None, to_x, to_probabilities.to(probabilities.dtype), None, None
 
 
 class _FakeQuantizeWithStep(torch.autograd.Function):
@@ -54,14 +78,23 @@ def round_straight_through(x: Tensor) -> Tensor:
     return rounded
 
 
-def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard`, the gradient of `soft` (docs/method.md, after CADyQ). Equal shapes.
+def choose_widths(
+    chosen: Tensor, x: Tensor, probabilities: Tensor, grids: GridTable, kept: Tensor | None = None
+) -> Tensor:
+    """The value of `chosen`, the gradient of sum_b p_b Q_b(x) (docs/method.md, after CADyQ).
 
-    With hard = sum_b onehot_b Q_b(x) and soft = sum_b p_b Q_b(x) it is the choice of a width that
-    training can move.
+    With chosen = sum_b onehot_b Q_b(x) it is the choice of a width that training can move. Of all that is
+    computed only `x` is kept for the backward pass.
+
+    Args:
+        chosen: what goes forward, `(N, ...)`.
+        x: activations, the same shape and type.
+        probabilities: `(N, W)`, or `(1, W)` for all rows.
+        grids: scale, zero point, least and greatest code of each width, `(W, 1, ..., 1)`, an axis more than x.
+        kept: `(W, 1, ..., 1)`, true where Q_b(x) = x; None: nowhere.
     """
-    chosen: Tensor = _StraightThrough.apply(hard, soft)  # type: ignore[no-untyped-call]
-    return chosen
+    out: Tensor = _ChosenWidths.apply(chosen, x, probabilities, grids, kept)  # type: ignore[no-untyped-call]
+    return out
 
 
 def fake_quantize(

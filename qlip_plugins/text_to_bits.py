@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,12 @@ from .t2q import T2Q
 FORMAT: Literal["qlip-plugins controller"] = "qlip-plugins controller"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+TRAINING_NAME = "training.json"
+CURVES_NAME = "curves.png"
+OWNED = (WEIGHTS_NAME, TRAINING_NAME, CURVES_NAME)
+"""What may lie beside `config.json` in a controller's folder."""
+
+C = TypeVar("C", bound=BaseModel)
 
 
 class TextToBitsConfig(StrictModel):
@@ -170,14 +177,20 @@ class TextToBits(nn.Module):
                 f"(differing: {', '.join(odd[:3]) or 'their order'}): was `attention:` changed?"
             )
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, record: Mapping[str, bytes] | None = None) -> None:
         """Write `config.json` and `model.safetensors`, both or neither.
+
+        Args:
+            folder: to write; an older controller there is replaced.
+            record: what else is written into it, `training.json` and `curves.png`, of how it was trained.
 
         Raises:
             ArtefactError: a parameter is NaN or infinite, or the folder holds something else.
         """
         check_finite(Path(folder), self.state_dict())
-        with folder_written_whole(Path(folder), FORMAT, CONFIG_NAME, WEIGHTS_NAME) as temporary:
+        with folder_written_whole(Path(folder), FORMAT, CONFIG_NAME, *OWNED) as temporary:
+            for name, content in (record or {}).items():
+                (temporary / name).write_bytes(content)
             (temporary / CONFIG_NAME).write_text(
                 self.config.model_dump_json(indent=2) + "\n", encoding="utf-8"
             )
@@ -191,7 +204,7 @@ class TextToBits(nn.Module):
             ArtefactError: missing, damaged, not a controller, or newer than this package.
         """
         folder = Path(folder)
-        config = _read_config(folder / CONFIG_NAME)
+        config = read_config(folder / CONFIG_NAME, TextToBitsConfig, "controller")
         # Loading must not move the random numbers that pictures are drawn with.
         with torch.random.fork_rng(devices=[]):
             model = cls(config)
@@ -207,15 +220,25 @@ class TextToBits(nn.Module):
         return model.eval()
 
 
-def _read_config(path: Path) -> TextToBitsConfig:
+def read_config(path: Path, kind: type[C], what: str) -> C:
+    """The description of a trained part.
+
+    Args:
+        path: its JSON file.
+        kind: of description.
+        what: the part, in a word.
+
+    Raises:
+        ArtefactError: missing, damaged, or of another kind.
+    """
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
-        return TextToBitsConfig.model_validate(data)
+        return kind.model_validate(data)
     except OSError as error:
-        raise ArtefactError(f"{path}: {error.strerror}, expected a controller's {CONFIG_NAME}") from None
+        raise ArtefactError(f"{path}: {error.strerror}, expected a {what}'s {CONFIG_NAME}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ArtefactError(f"{path}: not a controller: {where}: {first['msg']}") from None
+        raise ArtefactError(f"{path}: not a {what}: {where}: {first['msg']}") from None
     except ValueError as error:
         raise ArtefactError(f"{path}: not JSON: {error}") from None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlip_plugins.errors import BitsError
 from qlip_plugins.grids import ActGrid, GridChoice, Ranges
-from qlip_plugins.quantizer import fake_quantize, straight_through
+from qlip_plugins.quantizer import GridTable, choose_widths, fake_quantize
 
 _UNTOUCHED = ActGrid.asymmetric(2, 1.0, 0)
 """Stands in the table for a row at 32 bits, whose values are taken from the input instead."""
@@ -21,17 +21,18 @@ _CACHE_ENTRIES = 256
 class _Mixture:
     widths: tuple[int, ...]
     probabilities: Tensor
+    chosen: tuple[int, ...]
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Mixture:
         # A copy of the model is no part of the graph that trains the original.
-        return _Mixture(self.widths, self.probabilities.detach().clone())
+        return _Mixture(self.widths, self.probabilities.detach().clone(), self.chosen)
 
 
 @dataclass(frozen=True)
 class _Table:
     """The grids of a selection as tensors that broadcast to the input; `kept` marks untouched rows."""
 
-    values: tuple[Tensor, Tensor, Tensor, Tensor]
+    values: GridTable
     kept: Tensor | None
 
 
@@ -63,7 +64,7 @@ class TorchActQuantizer:
             f"{self.name}: bits must be an integer or an integer tensor of shape (N,), found {found}"
         )
 
-    def set_mixture(self, widths: tuple[int, ...], probabilities: Tensor) -> None:
+    def set_mixture(self, widths: tuple[int, ...], probabilities: Tensor, chosen: int | Tensor) -> None:
         """See `ActQuantizer.set_mixture`."""
         for width in widths:
             self._grids.grid(width)
@@ -72,7 +73,11 @@ class TorchActQuantizer:
                 f"{self.name}: probabilities of shape {tuple(probabilities.shape)} for {len(widths)} widths, "
                 f"expected ({len(widths)},) or (N, {len(widths)})"
             )
-        self._selected = _Mixture(tuple(widths), probabilities)
+        running = self._widths_of(chosen)
+        strange = sorted(set(running) - set(widths))
+        if strange:
+            raise BitsError(f"{self.name}: {strange[0]} bits are chosen, the mixture is of {widths}")
+        self._selected = _Mixture(tuple(widths), probabilities, running)
 
     def observe(self, callback: Callable[[Tensor], None] | None) -> None:
         """See `ActQuantizer.observe`."""
@@ -113,12 +118,11 @@ class TorchActQuantizer:
             raise BitsError(
                 f"{self.name}: a mixture was set for {probabilities.shape[0]} rows, the batch has {x.shape[0]}"
             )
-        chosen = tuple(mixture.widths[i] for i in probabilities.argmax(-1).tolist())
-        hard = self._hard(x, chosen)
-        soft = torch.zeros_like(x)
-        for weight, width in zip(probabilities.unbind(-1), mixture.widths, strict=True):
-            soft = soft + weight.reshape(-1, *[1] * (x.ndim - 1)) * self._hard(x, (width,))
-        return straight_through(hard, soft.to(x.dtype))
+        with torch.no_grad():
+            chosen = self._hard(x, mixture.chosen)
+        # One axis more, for the widths.
+        table = self._table(mixture.widths, x.unsqueeze(0))
+        return choose_widths(chosen, x, probabilities, table.values, table.kept)
 
     def _table(self, widths: tuple[int, ...], x: Tensor) -> _Table:
         key = (widths, x.device, x.ndim)

@@ -42,11 +42,13 @@ def test_rows_must_be_those_of_the_batch() -> None:
     act.set_bits(torch.tensor([8, 32]))
     with pytest.raises(BitsError, match="bits were set for 2 rows, the batch has 3"):
         act(torch.zeros(3, 4))
-    act.set_mixture((8, 32), torch.full((2, 2), 0.5))
+    act.set_mixture((8, 32), torch.full((2, 2), 0.5), 8)
     with pytest.raises(BitsError, match="a mixture was set for 2 rows, the batch has 3"):
         act(torch.zeros(3, 4))
     with pytest.raises(BitsError, match=r"expected \(2,\) or \(N, 2\)"):
-        act.set_mixture((8, 32), torch.full((2, 3), 0.3))
+        act.set_mixture((8, 32), torch.full((2, 3), 0.3), 8)
+    with pytest.raises(BitsError, match=r"4 bits are chosen, the mixture is of \(8, 32\)"):
+        act.set_mixture((8, 32), torch.full((2, 2), 0.5), torch.tensor([8, 4]))
 
 
 def test_a_bad_width_leaves_the_old_one() -> None:

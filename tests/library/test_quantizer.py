@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
 from qlip_plugins.errors import ArtefactError, BitsError
 from qlip_plugins.grids import ActGrid, GridChoice, Ranges
 from qlip_plugins.quantizer import (
+    choose_widths,
     fake_quantize,
     fake_quantize_with_step,
     round_straight_through,
-    straight_through,
 )
 
 
@@ -70,12 +73,75 @@ def test_straight_through() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [1.0, 1.0]
-    hard, soft = torch.tensor([1.0, 2.0]), torch.tensor([0.7, 0.1], requires_grad=True)
-    chosen = straight_through(hard, soft)
-    assert torch.equal(chosen, hard)
-    (chosen * torch.tensor([3.0, 4.0])).sum().backward()
-    assert soft.grad is not None
-    assert soft.grad.tolist() == [3.0, 4.0]
+
+
+CHOICES = (ActGrid.asymmetric(4, 0.31, 7), ActGrid.asymmetric(6, 0.08, 30), None)
+"""Grids of three widths; None is 32 bits."""
+
+
+def by_autograd(
+    x: Tensor, probabilities: Tensor, chosen: list[int], choices: Sequence[ActGrid | None]
+) -> Tensor:
+    """sum_b onehot_b Q_b(x), differentiated as sum_b p_b Q_b(x), operation by operation."""
+    quantized = [
+        x
+        if grid is None
+        else fake_quantize(
+            x, *map(torch.tensor, (grid.scale, grid.zero_point, grid.low_code, grid.high_code))
+        )
+        for grid in choices
+    ]
+    hard = torch.stack([quantized[choice][row] for row, choice in enumerate(chosen)])
+    shares = probabilities.reshape(len(probabilities), -1, *[1] * (x.ndim - 1))
+    soft = sum(shares[:, index] * one for index, one in enumerate(quantized))
+    return hard.detach() + (soft - soft.detach())
+
+
+@pytest.mark.parametrize("choices", [CHOICES, CHOICES[:2], CHOICES[:1]])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_choice_of_widths_has_the_gradients_of_its_mixture(
+    choices: Sequence[ActGrid | None], rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Many beyond the range, and many on its last codes.
+    values = torch.randn(3, 5, 40, generator=generator) * 2
+    weight = torch.randn(values.shape, generator=generator)
+    start = torch.rand(rows, len(choices), generator=generator).softmax(-1)
+    chosen = [row % len(choices) for row in range(3)]
+    grids = [grid or ActGrid.asymmetric(2, 1.0, 0) for grid in choices]
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([float(getattr(grid, name)) for grid in grids]).reshape(-1, 1, 1, 1)
+
+    table = (column("scale"), column("zero_point"), column("low_code"), column("high_code"))
+    kept = torch.tensor([grid is None for grid in choices]).reshape(-1, 1, 1, 1)
+    found = []
+    for ours in (True, False):
+        x, p = values.clone().requires_grad_(), start.clone().requires_grad_()
+        expected = by_autograd(x, p, chosen, choices)
+        hard = expected.detach()
+        out = choose_widths(hard, x, p, table, kept) if ours else expected
+        assert torch.equal(out, hard)
+        (out * weight).sum().backward()
+        assert x.grad is not None
+        assert p.grad is not None
+        found.append((x.grad, p.grad))
+    (x_ours, p_ours), (x_theirs, p_theirs) = found
+    assert torch.allclose(x_ours, x_theirs, rtol=1e-6, atol=1e-6 * float(x_theirs.abs().max()))
+    # A sum of many terms, whose rounding is that of their sizes.
+    terms = float((weight * values).abs().sum())
+    assert torch.allclose(p_ours, p_theirs, rtol=1e-6, atol=1e-7 * terms)
+
+
+def test_a_choice_of_widths_keeps_one_tensor_of_activations() -> None:
+    sizes: list[int] = []
+    x = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    grid = tuple(torch.tensor([0.1, 0.01]).reshape(-1, 1, 1) + shift for shift in (0.0, 5.0, 0.0, 15.0))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        choose_widths(x.detach(), x, torch.full((2, 2), 0.5, requires_grad=True), grid)  # type: ignore[arg-type]
+    assert sorted(sizes) == [4, 600]
 
 
 @pytest.mark.parametrize("grid", GRIDS)

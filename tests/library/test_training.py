@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,14 @@ from qlip_plugins.text_to_bits import TextToBits
 from qlip_plugins.training import (
     Q2BRecord,
     Q2BTraining,
-    _batches,
-    _Branch,
-    _split_by_concept,
     fold_standardisation,
     schedule,
     train_controller,
     train_q2b,
     train_t2q,
 )
+from qlip_plugins.training.q2b import _Batches, _Branch
+from qlip_plugins.training.t2q import _split_by_concept
 
 SETTINGS = Settings(steps=4, guidance_scale=3.0)
 PROMPTS = [f"row {row}" for row in range(8)]
@@ -331,8 +329,8 @@ def test_what_does_not_belong_together_is_refused(
 
 
 def test_every_prompt_comes_before_any_comes_again() -> None:
-    batches = list(itertools.islice(_batches(5, 2, torch.Generator().manual_seed(0)), 5))
-    rows = [row for batch in batches for row in batch]
+    batches = _Batches(5, 2, torch.Generator().manual_seed(0))
+    rows = [row for _ in range(5) for row in batches.take()]
     assert sorted(rows[:5]) == sorted(rows[5:]) == [0, 1, 2, 3, 4]
 
 

@@ -1,229 +1,42 @@
-"""Training of the controller: T2Q on labels, then Q2B on a quantized model's own trajectories (docs/method.md)."""
+"""Training of Q2B on a quantized model's own trajectories."""
 
 from __future__ import annotations
 
 import copy
-import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from .adapter import ActQuantizer, load_backend
-from .controller import PromptPlanner, check_ranges, check_something_to_control, load_base, load_ranges
-from .embeddings import EncodedPrompts, MeanOfStates
-from .errors import IncompatibleModelError
-from .generation import Settings, placed
-from .labels import Labels, pearson, spearman
-from .layers import controlled
-from .progress import progress
-from .q2b import choose
-from .recipe import Recipe
-from .t2q import T2Q
-from .text_to_bits import TextToBits, TextToBitsConfig
-
-_T2Q_BATCH = 128
-_STOPPING_SHARE = 0.2
-_STEPS_BETWEEN_LOOKS = 20
-
-
-def train_t2q(
-    labels: Labels,
-    train_rows: Sequence[int],
-    held_rows: Sequence[int],
-    hidden: int = 256,
-    steps: int = 1000,
-    lr: float = 3e-4,
-    weight_decay: float = 0.1,
-    dropout: float = 0.5,
-    seed: int = 0,
-    device: str = "cpu",
-) -> tuple[T2Q, dict[str, Any]]:
-    """Learn the rank-normalised quality of a prompt's pictures from its embedding.
-
-    Mean squared error, AdamW, batches of 128, dropout after each activation. A fifth of the training
-    concepts (tag `concept`; without it, of the training prompts) only tells when to stop: the parameters
-    with the least error on them are kept. Embeddings are standardised by the mean and deviation of the
-    rows that are fitted, which ends up inside the first layer. The same seed gives the same result on
-    the same machine.
-
-    Args:
-        labels: the label set.
-        train_rows: prompts to learn from, those for stopping included.
-        held_rows: prompts that the result is judged on, and that nothing else looks at.
-        hidden: width of the inner layers.
-        steps: optimiser steps at most.
-        lr: learning rate.
-        weight_decay: of AdamW, on weights and biases.
-        dropout: share of each inner layer's activations that a step leaves out.
-        seed: of the split, the first parameters, the batches and the dropout.
-        device: where to train.
-
-    Returns:
-        T2Q on the CPU, and plain data on how good it is: rank and linear correlation (`srocc`, `plcc`)
-        on fitted, stopping and held rows; the same of trivial predictors; and what bounds them
-        (`sqrt_rho` for the label of one picture, `ceiling` for the mean over seeds that is learnt).
-
-    Raises:
-        ValueError: a row is both trained and held, either set is too small, or the dropout is not below 1.
-    """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"a dropout of {dropout}, expected 0 or more, and less than 1")
-    if set(train_rows) & set(held_rows):
-        raise ValueError("a row is both in train_rows and held_rows")
-    fit_rows, stop_rows = _split_by_concept(labels, train_rows, seed)
-    if min(len(fit_rows), len(stop_rows), len(held_rows)) < 2:
-        raise ValueError(
-            f"{len(fit_rows)} rows to fit, {len(stop_rows)} to stop by and {len(held_rows)} held, need at least 2 of "
-            "each: more prompts, or more concepts"
-        )
-    mean, deviation = _standardisation(labels.embeddings[fit_rows])
-    z = ((labels.embeddings - mean) / deviation).to(device)
-    targets = labels.targets.to(device)
-    with _seeded(seed):
-        t2q = T2Q(z.shape[1], hidden)
-        _centre(t2q, float(labels.targets[fit_rows].mean()))
-        best_step = _fit(t2q.to(device), z, targets, fit_rows, stop_rows, steps, lr, weight_decay, dropout)
-    t2q = fold_standardisation(t2q.cpu(), mean, deviation).eval()
-    settings = {"hidden": hidden, "steps": steps, "lr": lr, "weight_decay": weight_decay}
-    rows = {"fit": fit_rows, "stopping": stop_rows, "held": list(held_rows)}
-    facts = {
-        "settings": {**settings, "dropout": dropout, "seed": seed},
-        "best_step": best_step,
-        **_judge(t2q, labels, rows),
-    }
-    return t2q, facts
-
-
-def fold_standardisation(t2q: T2Q, mean: Tensor, deviation: Tensor) -> T2Q:
-    """A T2Q that takes z where `t2q` takes (z - mean) / deviation; the same function, up to rounding.
-
-    Args:
-        t2q: of embeddings of length D.
-        mean: `(D,)`.
-        deviation: `(D,)`, positive.
-    """
-    folded = copy.deepcopy(t2q)
-    first: Any = folded.layers[0]
-    with torch.no_grad():
-        weight = first.weight.double() / deviation.double()
-        first.bias.copy_(first.bias.double() - weight @ mean.double())
-        first.weight.copy_(weight)
-    return folded
-
-
-def _split_by_concept(labels: Labels, rows: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
-    """Rows to fit and rows to stop by; captions of one concept are too alike to stand on both sides."""
-    concept = labels.tags.get("concept", labels.prompts)
-    concepts = sorted({concept[row] for row in rows})
-    random.Random(seed).shuffle(concepts)
-    stopping = set(concepts[: round(len(concepts) * _STOPPING_SHARE)])
-    fit = [row for row in rows if concept[row] not in stopping]
-    return fit, [row for row in rows if concept[row] in stopping]
-
-
-def _standardisation(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    mean, deviation = embeddings.mean(0), embeddings.std(0)
-    # An entry that never varies says nothing: it is left at its scale.
-    return mean, torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from the CPU's generator, started from `seed`; others' draws go on afterwards as if nothing was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def _centre(t2q: T2Q, target: float) -> None:
-    """Start from the mean label, so that the first steps learn what differs between prompts."""
-    last: Any = t2q.layers[-1]
-    nn.init.constant_(last.bias, target)
-
-
-def _fit(
-    t2q: T2Q,
-    z: Tensor,
-    targets: Tensor,
-    fit_rows: list[int],
-    stop_rows: list[int],
-    steps: int,
-    lr: float,
-    weight_decay: float,
-    dropout: float,
-) -> int:
-    """Train in place, and leave the parameters of the step with the least error on `stop_rows`; that step."""
-    optimiser = torch.optim.AdamW(t2q.parameters(), lr=lr, weight_decay=weight_decay)
-    best, best_step, parameters = float("inf"), 0, copy.deepcopy(t2q.state_dict())
-    rows = torch.tensor(fit_rows)
-    for step in progress(range(steps + 1), "training T2Q"):
-        if step % _STEPS_BETWEEN_LOOKS == 0 or step == steps:
-            with torch.no_grad():
-                error = float(F.mse_loss(t2q(z[stop_rows]), targets[stop_rows]))
-            if error < best:
-                best, best_step, parameters = error, step, copy.deepcopy(t2q.state_dict())
-        picked = rows[torch.randint(len(rows), (min(_T2Q_BATCH, len(rows)),))].to(z.device)
-        loss = F.mse_loss(_with_dropout(t2q, z[picked], dropout), targets[picked])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    t2q.load_state_dict(parameters)
-    return best_step
-
-
-def _with_dropout(t2q: T2Q, z: Tensor, share: float) -> Tensor:
-    for layer in t2q.layers:
-        z = layer(z)
-        if isinstance(layer, nn.GELU):
-            # Drawn on the CPU, so that every device leaves out the same.
-            z = z * (torch.rand(z.shape) >= share).to(z) / (1 - share)
-    return z.squeeze(-1)
-
-
-@torch.no_grad()
-def _judge(t2q: T2Q, labels: Labels, rows: Mapping[str, list[int]]) -> dict[str, Any]:
-    predicted, held = t2q(labels.embeddings), rows["held"]
-    known = [*rows["fit"], *rows["stopping"]]
-    trivial = {"words": torch.tensor([float(len(prompt.split())) for prompt in labels.prompts])}
-    trivial |= {
-        f"mean by {name}": _mean_by(values, labels.targets, known) for name, values in labels.tags.items()
-    }
-    rho = labels.reliability(held)
-    return {
-        "rows": {name: len(picked) for name, picked in rows.items()},
-        **{name: _agreement(predicted, labels.targets, picked) for name, picked in rows.items()},
-        "trivial": {name: _agreement(guess, labels.targets, held) for name, guess in trivial.items()},
-        "rho": labels.reliability(),
-        "held_rho": rho,
-        "sqrt_rho": None if rho is None else max(rho, 0.0) ** 0.5,
-        "ceiling": None if rho is None else _ceiling(max(rho, 0.0), labels.scores.shape[1]),
-    }
-
-
-def _ceiling(rho: float, seeds: int) -> float:
-    """The correlation that a perfect predictor has with the mean over seeds (Spearman-Brown)."""
-    return float((seeds * rho / (1 + (seeds - 1) * rho)) ** 0.5)
-
-
-def _mean_by(values: Sequence[str], targets: Tensor, known: list[int]) -> Tensor:
-    """For each prompt the mean target of the known prompts with its value; of all, where there is none."""
-    groups: dict[str, list[int]] = {}
-    for row in known:
-        groups.setdefault(values[row], []).append(row)
-    return torch.stack([targets[groups.get(value, known)].mean() for value in values])
-
-
-def _agreement(predicted: Tensor, targets: Tensor, rows: list[int]) -> dict[str, float | None]:
-    """Rank and linear correlation; None where the prediction, or the target, is constant."""
-    a, b = predicted[rows], targets[rows]
-    found = {"srocc": spearman(a, b), "plcc": pearson(a, b)}
-    return {name: None if math.isnan(value) else value for name, value in found.items()}
+from ..adapter import ActQuantizer, load_backend
+from ..controller import PromptPlanner, check_ranges, check_something_to_control, load_base, load_ranges
+from ..embeddings import EncodedPrompts, MeanOfStates, Pooling
+from ..errors import IncompatibleModelError
+from ..generation import Settings, placed
+from ..layers import controlled
+from ..metrics import count_macs
+from ..progress import progress
+from ..q2b import Q2B, choose
+from ..recipe import Recipe
+from ..state import CalibratedState
+from ..t2q import T2Q
+from ..text_to_bits import TextToBits, TextToBitsConfig
+from ..work import WorkFolder
+from .snapshot import (
+    load_state,
+    named,
+    optimiser_tensors,
+    restore_optimiser,
+    restoring,
+    save_state,
+    seeded,
+    without,
+)
 
 
 @dataclass(frozen=True)
@@ -235,12 +48,18 @@ class Q2BTraining:
         trajectories: whole samplings to train on, an optimiser step after each.
         batch: prompts of each.
         lr: learning rate of Adam; no parameter moves by much more in one step.
+        cost: what the mean width is over: `bits`, all quantizers alike, as published; `macs`, each weighted
+            by its MACs over their mean.
+        slope: `free`, or `positive`: the softplus of what is learnt, so that more quality never means fewer
+            bits.
     """
 
     bit_weight: float
     trajectories: int = 100
     batch: int = 8
     lr: float = 0.05
+    cost: Literal["bits", "macs"] = "bits"
+    slope: Literal["free", "positive"] = "free"
 
     def __post_init__(self) -> None:
         if self.bit_weight < 0 or min(self.trajectories, self.batch) < 1 or self.lr <= 0:
@@ -276,10 +95,7 @@ def train_controller(
     early: int = 0,
     initial_slope: float = 4.0,
 ) -> tuple[TextToBits, list[Q2BRecord]]:
-    """Make a controller for a recipe's base: take T2Q as it is, train Q2B.
-
-    Q2B starts at p_m = p_h = 1/2, medium everywhere, with zero offsets. Its slope does not start at 0,
-    where no prompt would differ from another and the slope's own gradient would come from chance alone.
+    """Make a controller for a recipe's base: take T2Q as it is, train Q2B from its neutral start.
 
     Args:
         pipe: a float Stable Diffusion pipeline without a recipe; it is moved to the device and type of
@@ -289,10 +105,10 @@ def train_controller(
         prompts: to train on.
         settings: how the controller's pictures will be sampled; the seed is that of all random draws.
         training: how to train.
-        origin: how the controller came to be, in words, stored with it.
-        group: M, steps that share one set of parameters.
-        early: m, first steps with p_q = 1.
-        initial_slope: where every slope starts; more makes prompts differ more.
+        origin: as of `new_controller`.
+        group: as of `new_controller`.
+        early: as of `new_controller`.
+        initial_slope: as of `new_controller`.
 
     Returns:
         The controller, to be saved with `save_pretrained`, and a record for each trajectory.
@@ -303,12 +119,53 @@ def train_controller(
     """
     pipe = placed(pipe, settings)
     state = load_base(recipe, pipe.unet)
+    text_to_bits = new_controller(
+        pipe, recipe, state, t2q, prompts.pooling, settings, origin, group, early, initial_slope
+    )
+    log = train_on_base(pipe, recipe, state, text_to_bits, prompts, settings, training)
+    return text_to_bits.eval(), log
+
+
+def new_controller(
+    pipe: Any,
+    recipe: Recipe,
+    state: CalibratedState,
+    t2q: T2Q,
+    pooling: Pooling,
+    settings: Settings,
+    origin: str,
+    group: int = 1,
+    early: int = 0,
+    initial_slope: float = 4.0,
+    population: Sequence[float] = (),
+) -> TextToBits:
+    """An untrained controller for a recipe's base, with a trained T2Q.
+
+    Q2B starts at p_m = p_h = 1/2, medium everywhere, with zero offsets. Its slope does not start at 0,
+    where no prompt would differ from another and the slope's own gradient would come from chance alone.
+
+    Args:
+        pipe: its scheduler gives the schedule.
+        recipe: its widths and attention are taken.
+        state: its base, read.
+        t2q: trained.
+        pooling: of the embeddings that T2Q was trained on.
+        settings: how the controller's pictures will be sampled.
+        origin: how the controller came to be, in words, stored with it.
+        group: M, steps that share one set of parameters.
+        early: m, first steps with p_q = 1.
+        initial_slope: where every slope starts; more makes prompts differ more.
+        population: predicted qualities of prompts that stand for all.
+
+    Raises:
+        IncompatibleModelError: the base leaves nothing to control.
+    """
     layers = controlled(state.activations, attention=recipe.attention == "controlled")
     check_something_to_control(layers, state)
     first: Any = t2q.layers[0]
     config = TextToBitsConfig(
         embedding_dim=first.in_features,
-        pooling=prompts.pooling,
+        pooling=pooling,
         hidden=first.out_features,
         menu=recipe.activation_bits,
         layers=layers,
@@ -317,20 +174,84 @@ def train_controller(
         early=early,
         base_fingerprint=state.fingerprint,
         origin=origin,
+        population=tuple(population),
     )
-    with _seeded(settings.seed):
+    with seeded(settings.seed):
         text_to_bits = TextToBits(config)
     text_to_bits.t2q.load_state_dict(t2q.state_dict())
     nn.init.constant_(text_to_bits.q2b.slope, initial_slope)
+    return text_to_bits
+
+
+def train_on_base(
+    pipe: Any,
+    recipe: Recipe,
+    state: CalibratedState,
+    text_to_bits: TextToBits,
+    prompts: EncodedPrompts,
+    settings: Settings,
+    training: Q2BTraining,
+    work: WorkFolder | None = None,
+) -> list[Q2BRecord]:
+    """Train the Q2B of a controller in place, on a recipe's base; the pipeline is as it was afterwards.
+
+    Args:
+        pipe: the float pipeline, on its device.
+        recipe: its backend and ranges are taken.
+        state: its base, read.
+        text_to_bits: the controller.
+        prompts: to train on.
+        settings: as of `train_q2b`.
+        training: how to train.
+        work: as of `train_q2b`.
+
+    Raises:
+        ArtefactError: the ranges are missing or damaged.
+        IncompatibleModelError: base, ranges, controller, prompts and pipeline do not belong together.
+    """
     ranges = load_ranges(recipe.ranges, state)
     check_ranges(ranges, recipe, state, PromptPlanner(text_to_bits, MeanOfStates()))
+    weights = None
+    if training.cost == "macs":
+        weights = mac_weights(pipe.unet, state, text_to_bits.config.layers, prompts.states.shape[1:])
     teacher = copy.deepcopy(pipe.unet)
     quantizers = load_backend(recipe.backend).install(pipe.unet, state, ranges)
     try:
-        log = train_q2b(pipe, teacher, quantizers, text_to_bits, prompts, settings, training)
+        return train_q2b(pipe, teacher, quantizers, text_to_bits, prompts, settings, training, weights, work)
     finally:
         quantizers.remove()
-    return text_to_bits.eval(), log
+
+
+def mac_weights(
+    unet: Any, state: CalibratedState, layers: Sequence[str], text_shape: Sequence[int]
+) -> Tensor:
+    """What a bit of each quantizer weighs: the MACs behind it over their mean, `(K,)`, float32.
+
+    Args:
+        unet: counted on a twin without data.
+        state: knows where inputs are split.
+        layers: K quantizers.
+        text_shape: tokens and width of one prompt's text states.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        twin = type(unet).from_config(unet.config)
+        call = {
+            "sample": torch.empty(1, unet.config.in_channels, *_sample_size(unet)),
+            "timestep": torch.zeros(()),
+            "encoder_hidden_states": torch.empty(1, *text_shape),
+        }
+    counts = count_macs(twin, call)
+    counts.first_parts = {
+        name: layer.split / layer.shape[1] for name, layer in state.layers.items() if layer.split
+    }
+    macs = torch.tensor([counts.of(name) for name in layers], dtype=torch.float64)
+    return (macs / macs.mean()).float()
+
+
+def _sample_size(unet: Any) -> tuple[int, int]:
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def schedule(scheduler: Any, steps: int) -> tuple[float, ...]:
@@ -348,6 +269,8 @@ def train_q2b(
     prompts: EncodedPrompts,
     settings: Settings,
     training: Q2BTraining,
+    weights: Tensor | None = None,
+    work: WorkFolder | None = None,
 ) -> list[Q2BRecord]:
     """Train the Q2B of a controller in place, from where it stands; nothing else changes.
 
@@ -355,7 +278,7 @@ def train_q2b(
     model's at the widths that Q2B chooses, each following its own predictions. At every call of the
     denoiser the loss is
 
-        |eps - eps_hat|^2 / |eps|^2 + bit_weight * mean_k (b_high p_high + b_medium p_medium),
+        |eps - eps_hat|^2 / |eps|^2 + bit_weight * mean_k w_k (b_high p_high + b_medium p_medium),
 
     mean over prompts, of the prediction that the scheduler is given, after guidance. Widths are chosen
     hard, gradients pass through the probabilities; none passes from one call to the next. After the last
@@ -370,22 +293,30 @@ def train_q2b(
         settings: `steps`, `guidance_scale` and `seed` are used; the same seed gives the same result where
             the device computes the same twice, as the CPU does.
         training: how to train.
+        weights: w_k, `(K,)`, as `mac_weights` gives; needed for the cost `macs`, all 1 for `bits`.
+        work: keeps the state after every trajectory; a training that was interrupted goes on from there,
+            and ends with the same parameters.
 
     Raises:
         IncompatibleModelError: controller, quantizers, prompts and pipeline do not belong together.
+        ArtefactError: the state in `work` is damaged.
+        ValueError: weights are given for another cost, or missing, or the slope is to be positive and is not.
     """
     _check_trainable(pipe, quantizers, text_to_bits, prompts, settings)
-    trainer = _Q2BTrainer(pipe, teacher, quantizers, text_to_bits, prompts, settings, training)
+    trainer = _Q2BTrainer(pipe, teacher, quantizers, text_to_bits, prompts, settings, training, weights)
+    records = trainer.restore(work)
     try:
         with _frozen(pipe.unet):
-            return [
-                trainer.trajectory(number)
-                for number in progress(range(training.trajectories), "training Q2B")
-            ]
+            for number in progress(range(len(records), training.trajectories), "training Q2B"):
+                records.append(trainer.trajectory(number))
+                if work is not None:
+                    trainer.save(work, records)
     finally:
         for name in text_to_bits.config.layers:
             quantizers[name].set_bits(quantizers[name].base_bits)
+        trainer.finish()
         text_to_bits.cpu()
+    return records
 
 
 def _check_trainable(
@@ -471,6 +402,7 @@ class _Q2BTrainer:
         prompts: EncodedPrompts,
         settings: Settings,
         training: Q2BTraining,
+        weights: Tensor | None,
     ) -> None:
         self.pipe, self.teacher, self.settings, self.training = pipe, teacher, settings, training
         self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
@@ -479,18 +411,24 @@ class _Q2BTrainer:
         self.prompts = prompts
         with torch.no_grad():
             self.quality = text_to_bits.t2q(prompts.embeddings.float()).to(self.device)
-        self.q2b = text_to_bits.q2b.to(self.device)
-        self.widths = torch.tensor(self.config.menu.widths, device=self.device)
-        self.optimiser = torch.optim.Adam(self.q2b.parameters(), lr=training.lr)
+        self.q2b: Q2B = text_to_bits.q2b.to(self.device)
+        self.parameters = dict(self.q2b.named_parameters())
+        if training.slope == "positive":
+            self.parameters["slope"] = nn.Parameter(_softplus_of(self.q2b.slope.detach()))
+        self.menu = torch.tensor(self.config.menu.widths)
+        self.bit_prices = _bit_prices(self.config.menu.widths, len(self.quantizers), training, weights)
+        self.bit_prices = self.bit_prices.to(self.device)
+        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=training.lr)
         self.generator = torch.Generator("cpu").manual_seed(settings.seed)
-        self.batches = _batches(len(prompts.prompts), training.batch, self.generator)
+        self.batches = _Batches(len(prompts.prompts), training.batch, self.generator)
 
     def trajectory(self, number: int) -> Q2BRecord:
         """Sample one batch with both models and learn along the way."""
-        rows = next(self.batches)
+        rows = self.batches.take()
         quality, states = self.quality[rows], self._states(rows)
         with torch.no_grad():
-            fab = self.widths[choose(self.q2b(quality, self.config.timesteps))].float().mean()
+            chosen = choose(self._probabilities(quality, self.config.timesteps)).cpu()
+            fab = self.menu[chosen].float().mean()
         teacher, student = self._branches(len(rows))
         timesteps = student.scheduler.timesteps
         found = []
@@ -518,36 +456,103 @@ class _Q2BTrainer:
         return states.to(self.device, self.dtype)
 
     def _branches(self, count: int) -> tuple[_Branch, _Branch]:
-        config = self.pipe.unet.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        noise = torch.randn((count, config.in_channels, height, width), generator=self.generator)
+        unet = self.pipe.unet
+        shape = (count, unet.config.in_channels, *_sample_size(unet))
+        noise = torch.randn(shape, generator=self.generator)
         noise = noise.to(self.device, self.dtype)
         seed = int(torch.randint(2**31, (1,), generator=self.generator))
         teacher = _Branch(self.pipe, self.teacher, self.settings, noise, seed)
         return teacher, _Branch(self.pipe, self.pipe.unet, self.settings, noise, seed)
 
+    def _values(self) -> dict[str, Tensor]:
+        """Q2B's own parameters, of those that are learnt."""
+        values: dict[str, Tensor] = dict(self.parameters)
+        if self.training.slope == "positive":
+            values["slope"] = F.softplus(self.parameters["slope"])
+        return values
+
+    def _probabilities(self, quality: Tensor, timesteps: tuple[float, ...]) -> Tensor:
+        found: Tensor = functional_call(self.q2b, self._values(), (quality, timesteps))
+        return found
+
     def _choose_widths(self, quality: Tensor, timestep: float, copies: int) -> Tensor:
         """Set every quantizer for one call, guidance halves alike; the probabilities `(N, K, 3)`."""
-        probabilities: Tensor = self.q2b(quality, (timestep,))[:, 0]
-        columns = probabilities.repeat(copies, 1, 1).unbind(1)
-        for quantizer, column in zip(self.quantizers, columns, strict=True):
-            quantizer.set_mixture(self.config.menu.widths, column)
+        probabilities = self._probabilities(quality, (timestep,))[:, 0]
+        # All at once: on a GPU every look at a value waits for it.
+        chosen = self.menu[choose(probabilities.detach()).cpu()].repeat(copies, 1)
+        columns = zip(
+            self.quantizers, probabilities.repeat(copies, 1, 1).unbind(1), chosen.unbind(1), strict=True
+        )
+        for quantizer, shares, widths in columns:
+            quantizer.set_mixture(self.config.menu.widths, shares, widths)
         return probabilities
 
     def _mean_bits(self, probabilities: Tensor) -> Tensor:
-        """Mean over prompts and K of b_high p_high + b_medium p_medium; the low width costs nothing."""
-        return (probabilities[..., 1:] * self.widths[1:]).sum(-1).mean()
+        """Mean over prompts and K of w (b_high p_high + b_medium p_medium); the low width costs nothing."""
+        return (probabilities * self.bit_prices).sum(-1).mean()
+
+    def save(self, work: WorkFolder, records: Sequence[Q2BRecord]) -> None:
+        """Keep all that the next trajectories depend on."""
+        tensors = {
+            **named("parameter", self.parameters),
+            **named("optimiser", optimiser_tensors(self.optimiser)),
+            "generator": self.generator.get_state(),
+        }
+        save_state(work, tensors, queue=self.batches.queue, records=[asdict(record) for record in records])
+
+    def restore(self, work: WorkFolder | None) -> list[Q2BRecord]:
+        """Take up what `save` kept; the records so far."""
+        found = load_state(work)
+        if work is None or found is None:
+            return []
+        tensors, facts = found
+        with restoring(work), torch.no_grad():
+            kept = without("parameter", tensors)
+            for name, parameter in self.parameters.items():
+                parameter.copy_(kept[name])
+            restore_optimiser(self.optimiser, without("optimiser", tensors))
+            self.generator.set_state(tensors["generator"])
+            self.batches.queue = list(facts["queue"])
+            return [Q2BRecord(**record) for record in facts["records"]]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the learnt values to Q2B."""
+        for name, value in self._values().items():
+            self.q2b.get_parameter(name).copy_(value)
 
 
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
+def _softplus_of(slope: Tensor) -> Tensor:
+    """The values whose softplus is `slope`."""
+    if not bool((slope > 0).all()):
+        raise ValueError(f"a positive slope starts above 0, found {float(slope.min()):g}")
+    return slope + torch.log(-torch.expm1(-slope))
+
+
+def _bit_prices(
+    menu: Sequence[int], quantizers: int, training: Q2BTraining, weights: Tensor | None
+) -> Tensor:
+    """What the probability of each width costs, `(K, 3)`."""
+    if (weights is None) == (training.cost == "macs"):
+        raise ValueError("weights of the quantizers belong to the cost `macs`, and to no other")
+    _, medium, high = menu
+    each = torch.ones(quantizers) if weights is None else weights
+    return each[:, None] * torch.tensor([0.0, medium, high])
+
+
+class _Batches:
     """Endless batches of rows; each of `count` rows comes once before any comes again."""
-    queue: list[int] = []
-    while True:
-        while len(queue) < size:
-            queue += torch.randperm(count, generator=generator).tolist()
-        yield queue[:size]
-        queue = queue[size:]
+
+    def __init__(self, count: int, size: int, generator: torch.Generator) -> None:
+        self._count, self._size, self._generator = count, size, generator
+        self.queue: list[int] = []
+
+    def take(self) -> list[int]:
+        """The next batch."""
+        while len(self.queue) < self._size:
+            self.queue += torch.randperm(self._count, generator=self._generator).tolist()
+        batch, self.queue = self.queue[: self._size], self.queue[self._size :]
+        return batch
 
 
 def _relative_error(predicted: Tensor, target: Tensor) -> Tensor:
