@@ -55,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         _say(
-            "interrupted; nothing was left half-written (calibrate, fit-correction, label and evaluate go on where "
-            "they stopped)"
+            "interrupted; nothing was left half-written (long work goes on where it stopped, when run again)"
         )
         return 130
     return code
@@ -154,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     correction.set_defaults(run=_fit_correction, dtype="float32", eta=0.0)
 
     _add_label(verbs, common)
+    _add_sensitivity(verbs, common)
+    _add_train(verbs, common)
     _add_evaluate(verbs, common)
     _add_compare(verbs, common)
 
@@ -290,6 +291,131 @@ def _add_label(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     _add_sampler(label)
     label.set_defaults(run=_label, dtype="float32", eta=0.0)
+
+
+def _add_sensitivity(verbs: Any, common: argparse.ArgumentParser) -> None:
+    sensitivity = verbs.add_parser(
+        "sensitivity",
+        parents=[common],
+        help="measure the error of each quantizer at each width and step, all others unquantized; can be resumed",
+    )
+    sensitivity.add_argument("recipe", help="file, or name of a shipped recipe")
+    sensitivity.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl"
+    )
+    sensitivity.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    sensitivity.add_argument(
+        "--widths",
+        type=int,
+        nargs="+",
+        metavar="BITS",
+        help="to measure; the recipe needs ranges for them (default: its menu)",
+    )
+    sensitivity.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="prompts at a time, each once for every width (default 8)",
+    )
+    sensitivity.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
+    )
+    _add_sampler(sensitivity)
+    sensitivity.set_defaults(run=_sensitivity, dtype="float32", eta=0.0)
+
+
+def _add_train(verbs: Any, common: argparse.ArgumentParser) -> None:
+    train = verbs.add_parser("train", help="train the parts of a controller: t2q, then q2b; can be resumed")
+    parts = train.add_subparsers(required=True, metavar="PART")
+    _add_train_t2q(parts.add_parser("t2q", parents=[common], help="prompt -> quality, on labels"))
+    _add_train_q2b(parts.add_parser("q2b", parents=[common], help="quality -> bits, on a recipe's base"))
+
+
+def _add_train_t2q(t2q: argparse.ArgumentParser) -> None:
+    t2q.add_argument("recipe", help="file, or name of a shipped recipe; its pipeline's embeddings are read")
+    what = t2q.add_mutually_exclusive_group(required=True)
+    what.add_argument("--labels", type=Path, metavar="FILE", help="what `qlip-plugins label` wrote")
+    what.add_argument(
+        "--errors-of",
+        metavar="RUN:ALLOCATION",
+        help="a run of `qlip-plugins evaluate`: predict how little an allocation errs, instead of the quality",
+    )
+    t2q.add_argument("--out", type=Path, required=True, help="folder to write; an earlier T2Q is replaced")
+    held = t2q.add_mutually_exclusive_group()
+    held.add_argument("--held", metavar="TAG=VALUE", help="hold these prompts out")
+    held.add_argument(
+        "--split-by",
+        metavar="TAG",
+        help="hold out a share of this tag's values (default concept; without that tag, of the prompts)",
+    )
+    t2q.add_argument(
+        "--held-share", type=_share, default=0.25, help="of the values of --split-by (default 0.25)"
+    )
+    t2q.add_argument(
+        "--stop-by",
+        metavar="TAG",
+        help="values of this tag are not torn apart to stop by (default: as --split-by, or concept)",
+    )
+    t2q.add_argument("--hidden", type=int, default=256, help="width of the inner layers (default 256)")
+    t2q.add_argument("--train-steps", type=int, default=1000, help="of the optimiser, at most (default 1000)")
+    t2q.add_argument("--lr", type=_scale, default=3e-4, help="learning rate (default 3e-4)")
+    t2q.add_argument("--dropout", type=_scale, default=0.5, help="(default 0.5)")
+    t2q.add_argument("--weight-decay", type=_scale, default=0.1, help="(default 0.1)")
+    t2q.add_argument("--seed", type=int, default=0, help="of split, start, batches and dropout (default 0)")
+    t2q.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
+    t2q.add_argument("--work", type=Path, metavar="FOLDER", help="for its state (default: beside --out)")
+    t2q.set_defaults(run=_train_t2q)
+
+
+def _add_train_q2b(q2b: argparse.ArgumentParser) -> None:
+    q2b.add_argument("recipe", help="file, or name of a shipped recipe; its controller is not used")
+    q2b.add_argument("--t2q", type=Path, required=True, metavar="FOLDER", help="what `train t2q` wrote")
+    q2b.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="to train on: one a line, .jsonl, or the label set of the T2Q, whose held-out prompts stay out",
+    )
+    q2b.add_argument("--limit", type=int, default=256, help="prompts drawn from them at most (default 256)")
+    q2b.add_argument("--out", type=Path, required=True, help="folder to write; an earlier one is replaced")
+    q2b.add_argument(
+        "--start",
+        default="medium",
+        metavar="medium|sensitivity|FOLDER",
+        help="medium everywhere; the solution of a table of sensitivities; or a controller to go on with",
+    )
+    q2b.add_argument("--sensitivity", type=Path, metavar="FILE", help="what `qlip-plugins sensitivity` wrote")
+    _add_budget(q2b)
+    q2b.add_argument(
+        "--bit-weight",
+        type=_scale,
+        metavar="LAMBDA",
+        help="relative squared error that one bit of mean width is worth; needed unless --trajectories 0",
+    )
+    q2b.add_argument("--trajectories", type=int, default=100, help="an optimiser step each (default 100)")
+    q2b.add_argument("--batch-size", type=int, default=8, help="prompts of each (default 8)")
+    q2b.add_argument("--lr", type=_scale, default=0.05, help="learning rate (default 0.05)")
+    q2b.add_argument(
+        "--cost",
+        choices=("bits", "macs"),
+        default="bits",
+        help="bits: all quantizers alike, as published; macs: weighted by their MACs (default bits)",
+    )
+    q2b.add_argument(
+        "--slope",
+        choices=("free", "positive"),
+        default="free",
+        help="of bits with quality; positive: more quality never means fewer bits (default free)",
+    )
+    q2b.add_argument("--initial-slope", type=_scale, default=4.0, help="for --start medium (default 4)")
+    q2b.add_argument(
+        "--group", type=int, default=1, metavar="M", help="steps that share parameters (default 1)"
+    )
+    q2b.add_argument("--early", type=int, default=0, metavar="M", help="first steps with p_q = 1 (default 0)")
+    q2b.add_argument("--work", type=Path, metavar="FOLDER", help="for its state (default: beside --out)")
+    _add_sampler(q2b)
+    q2b.set_defaults(run=_train_q2b, dtype="float32", eta=0.0)
 
 
 def _add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -673,6 +799,118 @@ def _label(options: argparse.Namespace) -> int:
     facts = label(what, _say)
     if facts is not None:
         _print(facts, "\n".join(f"{key}: {value}" for key, value in facts.items()), options.json)
+    return 0
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    recipe = Recipe.load(options.recipe)
+    prompts = read_prompts(options.prompts)
+    prompts.check_distinct(options.prompts)
+    from .sensitivity import SensitivityRequest, sensitivity
+
+    what = SensitivityRequest(
+        recipe=recipe,
+        prompts=prompts.prompts,
+        widths=tuple(options.widths or recipe.activation_bits.widths),
+        settings=_settings(options),
+        out=options.out,
+        work=_work(options),
+        batch=options.batch_size,
+    )
+    facts = sensitivity(what)
+    _print(facts, "\n".join(f"{key}: {value}" for key, value in facts.items()), options.json)
+    return 0
+
+
+def _work(options: argparse.Namespace) -> Path:
+    out: Path = options.out.resolve()
+    work: Path | None = options.work
+    return work or out.with_name(f"{out.name}.work")
+
+
+def _train_t2q(options: argparse.Namespace) -> int:
+    recipe = Recipe.load(options.recipe)
+    labels, allocation = options.labels, None
+    if options.errors_of is not None:
+        folder, _, allocation = options.errors_of.rpartition(":")
+        if not folder or not allocation:
+            raise RecipeError(f"--errors-of {options.errors_of}: expected RUN:ALLOCATION")
+        labels = Path(folder)
+    from .training import T2QTraining, as_text
+    from .training.command import T2QRequest, split_for, train_t2q_for
+
+    try:
+        training = T2QTraining(
+            hidden=options.hidden,
+            steps=options.train_steps,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            dropout=options.dropout,
+            seed=options.seed,
+        )
+    except ValueError as error:
+        raise RecipeError(f"train t2q: {error}") from None
+    what = T2QRequest(
+        recipe=recipe,
+        labels=labels,
+        allocation=allocation,
+        split=split_for(options.held, options.split_by, options.held_share, options.seed),
+        stop_by=options.stop_by or options.split_by or "concept",
+        training=training,
+        out=options.out,
+        work=_work(options),
+        device=options.device,
+    )
+    report = train_t2q_for(what)
+    _print(report, as_text(report), options.json)
+    _say(f"wrote {options.out}/")
+    return 0
+
+
+def _train_q2b(options: argparse.Namespace) -> int:
+    recipe = Recipe.load(options.recipe)
+    if options.bit_weight is None and options.trajectories:
+        raise RecipeError(
+            "--bit-weight is needed where trajectories are trained on; see docs/method.md, Train"
+        )
+    from .training import Q2BTraining
+    from .training.command import Q2BRequest, train_q2b_for
+
+    try:
+        training = Q2BTraining(
+            bit_weight=options.bit_weight or 0.0,
+            trajectories=options.trajectories,
+            batch=options.batch_size,
+            lr=options.lr,
+            cost=options.cost,
+            slope=options.slope,
+        )
+    except ValueError as error:
+        raise RecipeError(f"train q2b: {error}") from None
+    what = Q2BRequest(
+        recipe=recipe,
+        t2q=options.t2q,
+        prompts_file=options.prompts,
+        settings=_settings(options),
+        training=training,
+        out=options.out,
+        work=_work(options),
+        start=options.start,
+        sensitivity=options.sensitivity,
+        budget=options.budget,
+        group=options.group,
+        early=options.early,
+        initial_slope=options.initial_slope,
+        limit=options.limit,
+    )
+    facts = train_q2b_for(what)
+    records = facts["records"]
+    shown = [
+        f"{name}: {record}"
+        for name, record in zip(("first", "last"), records[:1] + records[-1:], strict=False)
+    ]
+    _print(facts, "\n".join(shown or ["nothing was trained: Q2B as it starts"]), options.json)
+    _say(f"wrote {options.out}/; use it with `controller: {{kind: qlip, path: {options.out.resolve()}}}`")
     return 0
 
 

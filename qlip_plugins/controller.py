@@ -333,9 +333,17 @@ class BitController:
         Raises:
             BitsError: nothing has been generated yet.
         """
+        costs = self.costs()
+        return self.planner.plan(states, tuple(dict.fromkeys(costs.calls)), costs)
+
+    def costs(self) -> GenerationCosts:
+        """What decisions cost, in generations like the last one.
+
+        Raises:
+            BitsError: nothing has been generated yet.
+        """
         self._check_generated()
-        calls = [timestep for timestep, _ in self._visits.elements()]
-        return self.planner.plan(states, tuple(dict.fromkeys(calls)), _GenerationCosts(self, calls))
+        return GenerationCosts(self, [timestep for timestep, _ in self._visits.elements()])
 
     @property
     def visits(self) -> Visits:
@@ -447,7 +455,7 @@ class BitController:
                 "`correction:`"
             )
         calls = [float(timestep) for timestep in timesteps.tolist()]
-        costs = _GenerationCosts(self, calls)
+        costs = GenerationCosts(self, calls)
         own_states = states[states.shape[0] // copies * (copies - 1) :]
         plan = self.planner.plan(own_states, tuple(dict.fromkeys(calls)), costs)
         # A callback may swap the text states in mid-run (to end guidance, say): the same generation.
@@ -489,18 +497,25 @@ class BitController:
 
 
 @dataclass(frozen=True)
-class _GenerationCosts:
-    """See `budget.Costs`; `calls` are the timesteps of the generation that begins."""
+class GenerationCosts:
+    """See `budget.Costs`.
+
+    Args:
+        controller: of the pipeline.
+        calls: the timesteps of the generation.
+    """
 
     controller: BitController
     calls: list[float]
 
     def bitops(self) -> LinearCost:
+        """See `budget.Costs.bitops`."""
         owner = self.controller
         counts, weight_bits = owner.counts(), owner.state.weight_bits()
         return LinearCost.bitops(counts, weight_bits, owner.base_bits(), owner.planner.layers, self.calls)
 
     def base_bitops(self) -> float:
+        """See `budget.Costs.base_bitops`."""
         base = self.controller.base_bits()
         row = torch.tensor([base[name] for name in self.controller.planner.layers])
         cost = self.bitops()

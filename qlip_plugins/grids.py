@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -111,6 +111,14 @@ class Ranges:
             name: {w: astuple(grid) for w, grid in grids.items()} for name, grids in self.fitted.items()
         }
         return hashlib.sha256(json.dumps([fitted, self.keep_calibrated], sort_keys=True).encode()).hexdigest()
+
+    def only(self, widths: Collection[int]) -> Ranges:
+        """Those of some widths."""
+        fitted = {
+            name: {width: grid for width, grid in grids.items() if width in widths}
+            for name, grids in self.fitted.items()
+        }
+        return Ranges(fitted, self.keep_calibrated, self.fingerprint)
 
     def save(self, path: Path) -> None:
         """Write the fitted grids as safetensors, whole or not at all.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,16 +19,18 @@ from .adapter import load_backend
 from .artefacts import read_tensors, write_tensors
 from .budget import LinearCost, shift_for
 from .controller import BitController, TablePlanner, load_base, load_ranges
-from .embeddings import EncodedPrompts
-from .errors import ArtefactError, IncompatibleModelError
-from .generation import Settings, noise_seeds, placed, sample_encoded
+from .embeddings import EncodedPrompts, PromptEmbeddings
+from .errors import ArtefactError, IncompatibleModelError, RecipeError
+from .generation import Settings, load_pipeline, noise_seeds, placed, sample_encoded
+from .grids import Ranges
 from .layers import controlled
 from .plan import BitPlan
 from .progress import counted
 from .q2b import Q2B
 from .recipe import FULL_PRECISION, Recipe
 from .recording import Course, recording
-from .work import WorkFolder
+from .state import CalibratedState
+from .work import WorkFolder, identity_of
 
 SENSITIVITY_FORMAT = "qlip-plugins sensitivity"
 SENSITIVITY_VERSION = 1
@@ -85,6 +87,29 @@ class Sensitivity:
             for width in menu
         ]
         return torch.stack(columns, dim=-1)
+
+    def check_made_for(self, state: CalibratedState, ranges: Ranges, layers: tuple[str, ...]) -> None:
+        """Check that the errors are those of a base with its ranges, and of the quantizers that are controlled.
+
+        Raises:
+            IncompatibleModelError: they are not; says which part differs.
+        """
+        if self.base_fingerprint != state.fingerprint:
+            raise IncompatibleModelError(
+                f"the sensitivities are of the base {self.base_fingerprint[:12]}..., this base is "
+                f"{state.fingerprint[:12]}...: measure them on this one (`qlip-plugins sensitivity`)"
+            )
+        if self.ranges_digest != ranges.only(self.widths).digest():
+            raise IncompatibleModelError(
+                f"the sensitivities were measured with other ranges of {', '.join(map(str, self.widths))} bits than "
+                "the recipe's: measure them with these (`qlip-plugins sensitivity`)"
+            )
+        if self.layers != layers:
+            odd = sorted(set(self.layers) ^ set(layers))
+            raise IncompatibleModelError(
+                f"the sensitivities are of {len(self.layers)} quantizers, {len(layers)} are controlled (differing: "
+                f"{', '.join(odd[:3]) or 'their order'}): was `attention:` changed?"
+            )
 
     def save(self, path: Path) -> None:
         """Write as safetensors, whole or not at all."""
@@ -179,8 +204,7 @@ def measure_sensitivity(
                 untouched = one.run(float_course.samples)
                 columns = []
                 for layer in layers:
-                    plan = one.plan(names, timesteps, layer)
-                    controller.planner = TablePlanner(plan, quantizers)
+                    controller.follow(one.plan(names, timesteps, layer))
                     columns.append(one.errors(float_course, untouched, timesteps))
                     done(layer)
             found = torch.stack(columns, dim=2)
@@ -197,8 +221,81 @@ def measure_sensitivity(
         layers=layers,
         widths=tuple(widths),
         base_fingerprint=state.fingerprint,
-        ranges_digest=ranges.digest(),
+        ranges_digest=ranges.only(widths).digest(),
     )
+
+
+@dataclass(frozen=True)
+class SensitivityRequest:
+    """What is to be measured.
+
+    Args:
+        recipe: names pipeline, base, backend, ranges and attention.
+        prompts: distinct ones.
+        widths: to measure; 32 causes no error, and is left out.
+        settings: how to sample.
+        out: file to write.
+        work: folder for what is finished.
+        batch: prompts at a time.
+    """
+
+    recipe: Recipe
+    prompts: tuple[str, ...]
+    widths: tuple[int, ...]
+    settings: Settings
+    out: Path
+    work: Path
+    batch: int = 8
+
+
+def sensitivity(what: SensitivityRequest) -> dict[str, Any]:
+    """Measure sensitivities and write them; can be interrupted and resumed.
+
+    Returns:
+        Facts for people: the mean error of each width, summed over steps and quantizers.
+
+    Raises:
+        QlipError: any; what can be known beforehand is checked before the work.
+    """
+    widths = sorted(set(what.widths) - {FULL_PRECISION})
+    if what.out.suffix != ".safetensors" or what.out.is_dir():
+        raise RecipeError(f"--out {what.out}: sensitivities are a .safetensors file")
+    if not widths or what.batch < 1:
+        raise RecipeError(
+            f"--widths {widths}, --batch-size {what.batch}: expected a width below 32, and a prompt"
+        )
+    pipe = placed(load_pipeline(what.recipe), what.settings)
+    state = load_base(what.recipe, pipe.unet)
+    ranges = load_ranges(what.recipe.ranges, state)
+    table = what.recipe.model.prompt_embeddings
+    prompts = (
+        EncodedPrompts.from_pipeline(pipe, what.prompts, "eos")
+        if table is None
+        else EncodedPrompts.from_table(PromptEmbeddings.load(table), what.prompts)
+    )
+    identity = {
+        **identity_of(pipe, what.recipe.model, what.prompts),
+        "base": state.fingerprint,
+        "ranges": ranges.only(widths).digest(),
+        "widths": widths,
+        "batch": what.batch,
+        "settings": asdict(replace(what.settings, device=torch.device(what.settings.device).type)),
+    }
+    work = WorkFolder(what.work, "sensitivity table", SENSITIVITY_VERSION, identity)
+    found = measure_sensitivity(pipe, what.recipe, prompts, what.settings, widths, what.batch, work)
+    found.save(what.out)
+    work.remove()
+    errors = found.errors.double().sum((1, 2)).mean(0)
+    return {
+        "file": str(what.out),
+        "prompts": len(found.prompts),
+        "quantizers": len(found.layers),
+        "timesteps": len(found.timesteps),
+        **{
+            f"error at {width} bits": f"{float(error):.3e}"
+            for width, error in zip(widths, errors, strict=True)
+        },
+    }
 
 
 @dataclass(frozen=True)

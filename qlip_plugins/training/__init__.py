@@ -12,7 +12,7 @@ from .q2b import (
     train_on_base,
     train_q2b,
 )
-from .t2q import fold_standardisation, train_t2q
+from .t2q import T2QTraining, as_text, fold_standardisation, train_t2q
 from .trained_t2q import HeldShare, HeldValue, RankNormaliser, Split, TrainedT2Q, TrainedT2QConfig, rows_of
 
 __all__ = [
@@ -22,8 +22,10 @@ __all__ = [
     "Q2BTraining",
     "RankNormaliser",
     "Split",
+    "T2QTraining",
     "TrainedT2Q",
     "TrainedT2QConfig",
+    "as_text",
     "fold_standardisation",
     "mac_weights",
     "new_controller",

@@ -45,7 +45,7 @@ class Q2BTraining:
 
     Args:
         bit_weight: lambda, the relative squared error of a prediction that one bit of mean width is worth.
-        trajectories: whole samplings to train on, an optimiser step after each.
+        trajectories: whole samplings to train on, an optimiser step after each; none leaves Q2B as it starts.
         batch: prompts of each.
         lr: learning rate of Adam; no parameter moves by much more in one step.
         cost: what the mean width is over: `bits`, all quantizers alike, as published; `macs`, each weighted
@@ -62,8 +62,8 @@ class Q2BTraining:
     slope: Literal["free", "positive"] = "free"
 
     def __post_init__(self) -> None:
-        if self.bit_weight < 0 or min(self.trajectories, self.batch) < 1 or self.lr <= 0:
-            raise ValueError(f"need bit_weight >= 0, counts >= 1 and lr > 0, found {self}")
+        if self.bit_weight < 0 or self.trajectories < 0 or self.batch < 1 or self.lr <= 0:
+            raise ValueError(f"need bit_weight >= 0, trajectories >= 0, batch >= 1 and lr > 0, found {self}")
 
 
 @dataclass(frozen=True)

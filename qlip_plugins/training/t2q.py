@@ -6,7 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -34,37 +34,55 @@ _STEPS_BETWEEN_LOOKS = 20
 _STEPS_BETWEEN_SAVES = 100
 
 
-def train_t2q(
-    labels: Labels,
-    train_rows: Sequence[int],
-    held_rows: Sequence[int],
-    hidden: int = 256,
-    steps: int = 1000,
-    lr: float = 3e-4,
-    weight_decay: float = 0.1,
-    dropout: float = 0.5,
-    seed: int = 0,
-    device: str = "cpu",
-    work: WorkFolder | None = None,
-) -> tuple[T2Q, dict[str, Any]]:
-    """Learn the rank-normalised quality of a prompt's pictures from its embedding.
-
-    Mean squared error, AdamW, batches of 128, dropout after each activation. A fifth of the training
-    concepts (tag `concept`; without it, of the training prompts) only tells when to stop: the parameters
-    with the least error on them are kept. Embeddings are standardised by the mean and deviation of the
-    rows that are fitted, which ends up inside the first layer. The same seed gives the same result on
-    the same machine.
+@dataclass(frozen=True)
+class T2QTraining:
+    """How T2Q is trained.
 
     Args:
-        labels: the label set.
-        train_rows: prompts to learn from, those for stopping included.
-        held_rows: prompts that the result is judged on, and that nothing else looks at.
         hidden: width of the inner layers.
         steps: optimiser steps at most.
         lr: learning rate.
         weight_decay: of AdamW, on weights and biases.
         dropout: share of each inner layer's activations that a step leaves out.
         seed: of the split, the first parameters, the batches and the dropout.
+    """
+
+    hidden: int = 256
+    steps: int = 1000
+    lr: float = 3e-4
+    weight_decay: float = 0.1
+    dropout: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"a dropout of {self.dropout}, expected 0 or more, and less than 1")
+        if min(self.hidden, self.steps) < 1 or self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(f"need hidden and steps >= 1, lr > 0 and weight_decay >= 0, found {self}")
+
+
+def train_t2q(
+    labels: Labels,
+    train_rows: Sequence[int],
+    held_rows: Sequence[int],
+    training: T2QTraining,
+    stop_by: str = "concept",
+    device: str = "cpu",
+    work: WorkFolder | None = None,
+) -> tuple[T2Q, dict[str, Any]]:
+    """Learn the rank-normalised quality of a prompt's pictures from its embedding.
+
+    Mean squared error, AdamW, batches of 128, dropout after each activation. A fifth of the training
+    prompts, whole values of a tag, only tells when to stop: the parameters with the least error on them are
+    kept. Embeddings are standardised by the mean and deviation of the rows that are fitted, which ends up
+    inside the first layer. The same seed gives the same result on the same machine.
+
+    Args:
+        labels: the label set.
+        train_rows: prompts to learn from, those for stopping included.
+        held_rows: prompts that the result is judged on, and that nothing else looks at.
+        training: how to train.
+        stop_by: the tag whose values are not torn apart to stop by; prompts, where the labels lack it.
         device: where to train.
         work: keeps the state every 100 steps; a training that was interrupted goes on from there, and ends
             with the same parameters.
@@ -75,14 +93,12 @@ def train_t2q(
         (`sqrt_rho` for the label of one picture, `ceiling` for the mean over seeds that is learnt).
 
     Raises:
-        ValueError: a row is both trained and held, either set is too small, or the dropout is not below 1.
+        ValueError: a row is both trained and held, or either set is too small.
         ArtefactError: the state in `work` is damaged.
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"a dropout of {dropout}, expected 0 or more, and less than 1")
     if set(train_rows) & set(held_rows):
         raise ValueError("a row is both in train_rows and held_rows")
-    fit_rows, stop_rows = _split_by_concept(labels, train_rows, seed)
+    fit_rows, stop_rows = _split_to_stop(labels, train_rows, stop_by, training.seed)
     if min(len(fit_rows), len(stop_rows), len(held_rows)) < 2:
         raise ValueError(
             f"{len(fit_rows)} rows to fit, {len(stop_rows)} to stop by and {len(held_rows)} held, need at least 2 of "
@@ -91,22 +107,21 @@ def train_t2q(
     mean, deviation = _standardisation(labels.embeddings[fit_rows])
     z = ((labels.embeddings - mean) / deviation).to(device)
     targets = labels.targets.to(device)
-    with seeded(seed):
-        t2q = T2Q(z.shape[1], hidden)
+    with seeded(training.seed):
+        t2q = T2Q(z.shape[1], training.hidden)
         _centre(t2q, float(labels.targets[fit_rows].mean()))
         fit = _Fit(
             t2q.to(device),
             (z, targets),
             (fit_rows, stop_rows),
-            torch.optim.AdamW(t2q.parameters(), lr=lr, weight_decay=weight_decay),
-            dropout,
+            torch.optim.AdamW(t2q.parameters(), lr=training.lr, weight_decay=training.weight_decay),
+            training.dropout,
         )
-        fit.run(steps, work)
+        fit.run(training.steps, work)
     t2q = fold_standardisation(t2q.cpu(), mean, deviation).eval()
-    settings = {"hidden": hidden, "steps": steps, "lr": lr, "weight_decay": weight_decay}
     rows = {"fit": fit_rows, "stopping": stop_rows, "held": list(held_rows)}
     facts = {
-        "settings": {**settings, "dropout": dropout, "seed": seed},
+        "settings": {**asdict(training), "stop_by": stop_by},
         "best_step": fit.best_step,
         **_judge(t2q, labels, rows),
     }
@@ -130,14 +145,16 @@ def fold_standardisation(t2q: T2Q, mean: Tensor, deviation: Tensor) -> T2Q:
     return folded
 
 
-def _split_by_concept(labels: Labels, rows: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
-    """Rows to fit and rows to stop by; captions of one concept are too alike to stand on both sides."""
-    concept = labels.tags.get("concept", labels.prompts)
-    concepts = sorted({concept[row] for row in rows})
-    random.Random(seed).shuffle(concepts)
-    stopping = set(concepts[: round(len(concepts) * _STOPPING_SHARE)])
-    fit = [row for row in rows if concept[row] not in stopping]
-    return fit, [row for row in rows if concept[row] in stopping]
+def _split_to_stop(
+    labels: Labels, rows: Sequence[int], stop_by: str, seed: int
+) -> tuple[list[int], list[int]]:
+    """Rows to fit and rows to stop by; prompts of one value are too alike to stand on both sides."""
+    value = labels.tags.get(stop_by, labels.prompts)
+    values = sorted({value[row] for row in rows})
+    random.Random(seed).shuffle(values)
+    stopping = set(values[: round(len(values) * _STOPPING_SHARE)])
+    fit = [row for row in rows if value[row] not in stopping]
+    return fit, [row for row in rows if value[row] in stopping]
 
 
 def _standardisation(embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,6 +273,33 @@ def _judge(t2q: T2Q, labels: Labels, rows: Mapping[str, list[int]]) -> dict[str,
         "sqrt_rho": None if rho is None else max(rho, 0.0) ** 0.5,
         "ceiling": None if rho is None else _ceiling(max(rho, 0.0), labels.scores.shape[1]),
     }
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+
+    def number(value: float | None) -> str:
+        return "   -" if value is None else f"{value:.3f}"
+
+    rows = report["rows"]
+    lines = ["prompts   | number | SROCC | PLCC"]
+    lines += [
+        f"{name:9} | {rows[name]:6} | {number(report[name]['srocc'])} | {number(report[name]['plcc'])}"
+        for name in rows
+    ]
+    lines.append(
+        f"held: rho {number(report['held_rho'])}, sqrt(rho) {number(report['sqrt_rho'])}, ceiling "
+        f"{number(report['ceiling'])}"
+    )
+    reached, bound = report["held"]["srocc"], report["sqrt_rho"]
+    if reached is not None and bound:
+        lines.append(f"held: SROCC over sqrt(rho) {reached / bound:.3f}")
+    lines.append("trivial predictors, held prompts: SROCC, PLCC")
+    lines += [
+        f"  {name}: {number(found['srocc'])}, {number(found['plcc'])}"
+        for name, found in report["trivial"].items()
+    ]
+    return "\n".join(lines)
 
 
 def _ceiling(rho: float, seeds: int) -> float:

@@ -34,18 +34,18 @@ class HeldShare(StrictModel):
     """Hold out a share of the values of a tag, drawn at random.
 
     Args:
-        by: the tag; None: of the prompts themselves.
+        by: the tag; where a label set lacks it, its prompts stand for its values.
         share: of the values, between 0 and 1.
         seed: of the draw.
     """
 
-    by: str | None
+    by: str
     share: float = Field(gt=0, lt=1)
     seed: int
 
     def held(self, labels: Labels) -> list[bool]:
         """For each prompt whether it is held out."""
-        values = labels.prompts if self.by is None else _tag(labels, self.by)
+        values = _tag(labels, self.by) if labels.tags else labels.prompts
         order = sorted(set(values))
         random.Random(self.seed).shuffle(order)
         chosen = set(order[: round(len(order) * self.share)])

@@ -5,14 +5,14 @@ r"""From the trained demo pipeline to its QLIP: prompts, labels, T2Q, ranges, Q2
     qlip-plugins label demo-w4a8 --prompts build/qlip/label_prompts.jsonl --metric knn-giqa --set features=demo \
         --set references=build/qlip/references --set standardise=true --guidance 3 --seed 1 --batch-size 64 \
         --device cuda --out build/qlip/labels.safetensors
-    python scripts/demo_model/make_qlip.py t2q build/qlip
+    qlip-plugins train t2q demo-w4a8 --labels build/qlip/labels.safetensors --lr 1e-3 --out build/qlip/t2q
     qlip-plugins calibrate recipes/qlip_demo/pipeline --prompts scripts/demo_model/calibration.txt --guidance 3 \
         --activation-bits 8 16 --iterations 800 --activation-iterations 300 --out recipes/qlip_demo/base
     python scripts/demo_model/make_qlip.py ranges build/qlip demo-w4a8    # and demo-w4a16
-    python scripts/demo_model/make_qlip.py q2b build/qlip demo-qlip-468 --bit-weight 4e-3 --trajectories 20
-    python scripts/demo_model/make_qlip.py q2b build/qlip demo-qlip-81632 --bit-weight 2e-5 --trajectories 20
+    qlip-plugins train q2b demo-qlip-468 --t2q build/qlip/t2q --prompts build/qlip/labels.safetensors --guidance 3 \
+        --seed 2 --bit-weight 4e-3 --trajectories 20 --lr 0.1 --early 2 --out build/qlip/controller-468
 
-`ranges` and `q2b` write into recipes/qlip_demo, what the recipes name.
+`ranges` writes into recipes/qlip_demo, what the recipes name.
 """
 
 from __future__ import annotations
@@ -23,17 +23,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from common import stored_pictures
 from qlip_plugins.controller import apply
-from qlip_plugins.embeddings import EncodedPrompts
 from qlip_plugins.fitting import fit_ranges
 from qlip_plugins.generation import Settings, load_pipeline, placed, sample
 from qlip_plugins.labels import Labels
 from qlip_plugins.recipe import Recipe
-from qlip_plugins.t2q import T2Q
-from qlip_plugins.training import Q2BTraining, train_controller, train_t2q
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 25
@@ -41,10 +36,8 @@ GUIDANCE = 3.0
 LABEL_PROMPTS = 10_000
 STYLES = 4
 HELD_SHARE = 0.25
-HIDDEN = 128
 RANGE_PROMPTS = 48
 WIDTHS = (4, 6, 8, 16)
-EARLY = 2
 
 
 def prompts(options: argparse.Namespace) -> None:
@@ -113,16 +106,6 @@ def split_rows(made: Labels) -> tuple[list[int], list[int]]:
     )
 
 
-def t2q(options: argparse.Namespace) -> None:
-    """Train T2Q; its facts go into t2q.json."""
-    made = Labels.load(options.out / "labels.safetensors")
-    train, held = split_rows(made)
-    model, facts = train_t2q(made, train, held, hidden=HIDDEN)
-    save_file(model.state_dict(), options.out / "t2q.safetensors")
-    write_json(options.out / "t2q.json", facts)
-    print(json.dumps({key: facts[key] for key in ("held", "ceiling", "sqrt_rho", "trivial", "best_step")}))
-
-
 def ranges(options: argparse.Namespace) -> None:
     """Fit ranges for every width of both menus while the base generates calibration prompts."""
     recipe = Recipe.load(options.recipe)
@@ -139,33 +122,6 @@ def ranges(options: argparse.Namespace) -> None:
     assert recipe.ranges is not None
     assert recipe.ranges.table is not None
     found.save(options.to / recipe.ranges.table.name)
-
-
-def q2b(options: argparse.Namespace) -> None:
-    """Train Q2B on the prompts that T2Q was trained on, and save the controller."""
-    recipe = Recipe.load(options.recipe)
-    assert recipe.controller.kind == "qlip"
-    made = Labels.load(options.out / "labels.safetensors")
-    model = T2Q(made.embeddings.shape[1], HIDDEN)
-    model.load_state_dict(load_file(options.out / "t2q.safetensors"))
-    train, _ = split_rows(made)
-    texts = random.Random(2).sample([made.prompts[row] for row in train], min(256, len(train)))
-    settings = settings_of(options)
-    pipe = placed(load_pipeline(recipe), settings)
-    encoded = EncodedPrompts.from_pipeline(pipe, texts, "eos")
-    training = Q2BTraining(
-        bit_weight=options.bit_weight, trajectories=options.trajectories, batch=options.batch, lr=options.lr
-    )
-    origin = (
-        f"T2Q and Q2B trained by scripts/demo_model/make_qlip.py on captions of the demo's data; {training}, "
-        f"{STEPS} steps, guidance {GUIDANCE:g}"
-    )
-    controller, log = train_controller(
-        pipe, recipe, model, encoded, settings, training, origin, early=EARLY, initial_slope=options.slope
-    )
-    controller.save_pretrained(options.to / recipe.controller.path.name)
-    write_json(options.out / f"q2b-{recipe.controller.path.name}.json", [vars(record) for record in log])
-    print(json.dumps([vars(record) for record in (log[0], log[-1])]))
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -188,23 +144,17 @@ def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser()
     steps = parser.add_subparsers(required=True)
-    for step in (prompts, references, t2q, ranges, q2b):
+    for step in (prompts, references, ranges):
         one = steps.add_parser(step.__name__)
         one.set_defaults(run=step)
         if step in (prompts, references):
             one.add_argument("data", type=Path)
         one.add_argument("out", type=Path)
-        if step in (ranges, q2b):
+        if step is ranges:
             one.add_argument("recipe")
             one.add_argument("--to", type=Path, default=ROOT / "recipes/qlip_demo")
         one.add_argument("--device", default="cpu")
         one.add_argument("--limit", type=int, help="prompts at most (for trials)")
-        one.add_argument("--batch", type=int, default=8 if step is q2b else 64)
-        if step is q2b:
-            one.add_argument("--bit-weight", type=float, required=True)
-            one.add_argument("--trajectories", type=int, default=60)
-            one.add_argument("--lr", type=float, default=0.1)
-            one.add_argument("--slope", type=float, default=4.0)
     options = parser.parse_args()
     options.run(options)
 

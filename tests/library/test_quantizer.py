@@ -93,7 +93,7 @@ def by_autograd(
     ]
     hard = torch.stack([quantized[choice][row] for row, choice in enumerate(chosen)])
     shares = probabilities.reshape(len(probabilities), -1, *[1] * (x.ndim - 1))
-    soft = sum(shares[:, index] * one for index, one in enumerate(quantized))
+    soft = torch.stack([shares[:, index] * one for index, one in enumerate(quantized)]).sum(0)
     return hard.detach() + (soft - soft.detach())
 
 
@@ -137,9 +137,12 @@ def test_a_choice_of_widths_keeps_one_tensor_of_activations() -> None:
     sizes: list[int] = []
     x = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
     grid = tuple(torch.tensor([0.1, 0.01]).reshape(-1, 1, 1) + shift for shift in (0.0, 5.0, 0.0, 15.0))
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
-    ):
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         choose_widths(x.detach(), x, torch.full((2, 2), 0.5, requires_grad=True), grid)  # type: ignore[arg-type]
     assert sorted(sizes) == [4, 600]
 

@@ -26,6 +26,7 @@ from qlip_plugins.text_to_bits import TextToBits
 from qlip_plugins.training import (
     Q2BRecord,
     Q2BTraining,
+    T2QTraining,
     fold_standardisation,
     schedule,
     train_controller,
@@ -33,7 +34,7 @@ from qlip_plugins.training import (
     train_t2q,
 )
 from qlip_plugins.training.q2b import _Batches, _Branch
-from qlip_plugins.training.t2q import _split_by_concept
+from qlip_plugins.training.t2q import _split_to_stop
 
 SETTINGS = Settings(steps=4, guidance_scale=3.0)
 PROMPTS = [f"row {row}" for row in range(8)]
@@ -72,7 +73,7 @@ def synthetic(noise: float, concepts: int = 40, captions: int = 5) -> tuple[Labe
 def test_t2q_learns_a_monotone_function_of_z() -> None:
     labels, train, held = synthetic(noise=0.0)
     rng = torch.get_rng_state()
-    t2q, facts = train_t2q(labels, train, held, hidden=32, steps=400, lr=3e-3, dropout=0.0)
+    t2q, facts = train_t2q(labels, train, held, T2QTraining(hidden=32, steps=400, lr=3e-3, dropout=0.0))
     assert torch.equal(torch.get_rng_state(), rng), "training draws from generators of its own"
     assert facts["held"]["srocc"] > 0.85
     assert facts["held"]["plcc"] > 0.85
@@ -88,7 +89,7 @@ def test_t2q_learns_a_monotone_function_of_z() -> None:
 
 def test_t2q_stops_before_it_learns_noise_by_heart() -> None:
     labels, train, held = synthetic(noise=1.0)
-    _, facts = train_t2q(labels, train, held, hidden=64, steps=600, lr=3e-3, dropout=0.0)
+    _, facts = train_t2q(labels, train, held, T2QTraining(hidden=64, steps=600, lr=3e-3, dropout=0.0))
     assert 0 < facts["best_step"] < 300
     assert facts["fit"]["plcc"] < 0.9
     rho = labels.reliability(held)
@@ -99,17 +100,18 @@ def test_t2q_stops_before_it_learns_noise_by_heart() -> None:
 
 def test_no_concept_stands_on_both_sides_of_the_split() -> None:
     labels, train, _ = synthetic(noise=0.5)
-    fit, stopping = _split_by_concept(labels, train, seed=0)
+    fit, stopping = _split_to_stop(labels, train, "concept", seed=0)
     concept = labels.tags["concept"]
     assert sorted(fit + stopping) == train
     assert not {concept[row] for row in fit} & {concept[row] for row in stopping}
-    assert stopping != _split_by_concept(labels, train, seed=1)[1]
+    assert stopping != _split_to_stop(labels, train, "concept", seed=1)[1]
 
 
 def test_the_same_seed_trains_the_same_t2q() -> None:
     labels, train, held = synthetic(noise=0.5)
     first, again, other = (
-        train_t2q(labels, train, held, hidden=8, steps=40, seed=seed)[0].state_dict() for seed in (1, 1, 2)
+        train_t2q(labels, train, held, T2QTraining(hidden=8, steps=40, seed=seed))[0].state_dict()
+        for seed in (1, 1, 2)
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -118,9 +120,9 @@ def test_the_same_seed_trains_the_same_t2q() -> None:
 def test_rows_that_cannot_be_trained_on_are_refused() -> None:
     labels, train, held = synthetic(noise=0.5)
     with pytest.raises(ValueError, match="both in train_rows and held_rows"):
-        train_t2q(labels, train, [*held, train[0]])
+        train_t2q(labels, train, [*held, train[0]], T2QTraining())
     with pytest.raises(ValueError, match="more concepts"):
-        train_t2q(labels, train[:5], held)
+        train_t2q(labels, train[:5], held, T2QTraining())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,453 @@
+"""What `qlip-plugins train t2q` and `train q2b` do."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..artefacts import versions
+from ..budget import resolved
+from ..controller import apply_base, load_base, load_ranges
+from ..embeddings import EncodedPrompts, Pooling, PromptEmbeddings
+from ..errors import HostError, IncompatibleModelError, RecipeError
+from ..evaluation.run import PRIMARY, Run
+from ..files import check_replaceable
+from ..generation import Settings, load_pipeline, placed, sample_encoded
+from ..labels import Labels
+from ..prompts import read_prompts
+from ..recipe import Budget, Recipe, StaticController
+from ..sensitivity import Sensitivity, start_q2b
+from ..state import CalibratedState
+from ..t2q import T2Q
+from ..text_to_bits import CONFIG_NAME, CURVES_NAME, TRAINING_NAME, TextToBits
+from ..text_to_bits import FORMAT as CONTROLLER_FORMAT
+from ..text_to_bits import OWNED as CONTROLLER_OWNED
+from ..work import WorkFolder, identity_of
+from .q2b import Q2BRecord, Q2BTraining, new_controller, schedule, train_on_base
+from .t2q import T2QTraining, train_t2q
+from .trained_t2q import FORMAT as T2Q_FORMAT
+from .trained_t2q import OWNED as T2Q_OWNED
+from .trained_t2q import HeldShare, HeldValue, RankNormaliser, Split, TrainedT2Q, TrainedT2QConfig, rows_of
+
+_T2Q_WORK = "T2Q training"
+_Q2B_WORK = "Q2B training"
+_VERSION = 1
+_CHECKED_PROMPTS = 3
+_LEAST_COSINE = 0.999
+_POPULATION = 512
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class T2QRequest:
+    """What T2Q is to be trained on.
+
+    Args:
+        recipe: names the pipeline whose text embeddings it will read.
+        labels: a label set's file, or a run folder of `qlip-plugins evaluate`.
+        allocation: of the run, whose smallness of error is to be predicted; None for a label set.
+        split: which prompts are held out.
+        stop_by: the tag whose values stand on one side of the stopping split.
+        training: how to train.
+        out: folder to write.
+        work: folder for the state of an interrupted training.
+        device: where to train.
+    """
+
+    recipe: Recipe
+    labels: Path
+    allocation: str | None
+    split: Split
+    stop_by: str
+    training: T2QTraining
+    out: Path
+    work: Path
+    device: str = "cpu"
+
+
+def split_for(held: str | None, by: str | None, share: float, seed: int) -> Split:
+    """The split that a user names.
+
+    Args:
+        held: TAG=VALUE, or None.
+        by: a tag, or None for concepts.
+        share: of its values.
+        seed: of the draw.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if held is not None:
+        tag, equals, value = held.partition("=")
+        if not equals or not tag or not value:
+            raise RecipeError(f"--held {held}: expected TAG=VALUE")
+        return HeldValue(tag=tag, value=value)
+    if not 0 < share < 1:
+        raise RecipeError(f"--held-share {share:g}: expected more than 0, and less than 1")
+    return HeldShare(by=by or "concept", share=share, seed=seed)
+
+
+def train_t2q_for(what: T2QRequest) -> dict[str, Any]:
+    """Train T2Q and write its folder; can be interrupted and resumed.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        QlipError: any; what can be known beforehand is checked before the work.
+    """
+    check_replaceable(what.out.resolve(), T2Q_FORMAT, CONFIG_NAME, *T2Q_OWNED)
+    pipe = load_pipeline(what.recipe)
+    if what.allocation is None:
+        labels, digest = Labels.load(what.labels), _file_digest(what.labels)
+    else:
+        labels = labels_of_run(Run.load(what.labels), what.allocation, pipe, what.recipe)
+        digest = _file_digest(what.labels / "results.safetensors")
+    if len(labels.prompts) < 2:
+        raise RecipeError(f"{what.labels}: {len(labels.prompts)} prompts, too few to learn from")
+    _check_embeddings(labels, pipe, what.recipe)
+    train, held = rows_of(what.split, labels)
+    identity = {
+        "labels": digest,
+        "allocation": what.allocation,
+        "split": what.split.model_dump(mode="json"),
+        "stop_by": what.stop_by,
+        "training": asdict(what.training),
+        "device": torch.device(what.device).type,
+        "versions": versions(),
+    }
+    work = WorkFolder(what.work, _T2Q_WORK, _VERSION, identity)
+    try:
+        t2q, report = train_t2q(labels, train, held, what.training, what.stop_by, what.device, work)
+    except ValueError as error:
+        raise RecipeError(f"{what.labels}: {error}") from None
+    first: Any = t2q.layers[0]
+    config = TrainedT2QConfig(
+        embedding_dim=first.in_features,
+        pooling=_pooling(labels),
+        hidden=first.out_features,
+        labels=dict(labels.facts),
+        labels_digest=digest,
+        split=what.split,
+        training=asdict(what.training),
+    )
+    TrainedT2Q(config, t2q, RankNormaliser.of(labels)).save_pretrained(what.out, report)
+    work.remove()
+    return report
+
+
+def labels_of_run(run: Run, allocation: str, pipe: Any, recipe: Recipe) -> Labels:
+    """Labels of how little an allocation errs: minus the logarithm of a prediction's mean squared error.
+
+    Args:
+        run: of `qlip-plugins evaluate`.
+        allocation: its name there.
+        pipe: gives the embeddings.
+        recipe: names a table of embeddings, if there is one.
+
+    Raises:
+        RecipeError: the run has no such allocation, or it makes no error.
+    """
+    run.check_has(allocation)
+    errors = run.of(allocation)[PRIMARY]
+    if not bool((errors > 0).all()):
+        raise RecipeError(f"{run.folder}: {allocation!r} makes no error, so there is nothing to predict")
+    prompts = _encoded(pipe, recipe, run.prompts, None)
+    facts = {
+        "metric": f"-ln {PRIMARY}",
+        "allocation": allocation,
+        "protocol": run.fingerprint,
+        "pooling": prompts.pooling,
+        "pictures": run.facts["settings"],
+    }
+    tags = {"concept": tuple(map(str, run.facts["clusters"]))}
+    return Labels(tuple(run.prompts), prompts.embeddings, -errors.log().float(), facts, tags)
+
+
+def _pooling(labels: Labels) -> Pooling:
+    found = labels.facts.get("pooling")
+    if found not in ("eos", "mean"):
+        raise IncompatibleModelError(f"the labels' pooling is {found!r}, a controller reads eos or mean")
+    return "eos" if found == "eos" else "mean"
+
+
+def _encoded(pipe: Any, recipe: Recipe, prompts: Sequence[str], pooling: Pooling | None) -> EncodedPrompts:
+    table = recipe.model.prompt_embeddings
+    if table is not None:
+        return EncodedPrompts.from_table(PromptEmbeddings.load(table), prompts)
+    return EncodedPrompts.from_pipeline(pipe, prompts, pooling or "eos")
+
+
+def _check_embeddings(labels: Labels, pipe: Any, recipe: Recipe) -> None:
+    """A label set of another text encoder would train well, and then judge other vectors."""
+    rows = sorted(
+        random.Random(0).sample(range(len(labels.prompts)), min(_CHECKED_PROMPTS, len(labels.prompts)))
+    )
+    ours = _encoded(pipe, recipe, [labels.prompts[row] for row in rows], _pooling(labels)).embeddings
+    theirs = labels.embeddings[rows]
+    if ours.shape != theirs.shape or float(torch.cosine_similarity(ours, theirs).min()) < _LEAST_COSINE:
+        raise IncompatibleModelError(
+            f"the labels' embeddings are not those that {recipe.model.pipeline} gives for the same prompts (length "
+            f"{theirs.shape[1]}, here {ours.shape[1]}): make the labels with this pipeline"
+        )
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Q2BRequest:
+    """What Q2B is to be trained for.
+
+    Args:
+        recipe: its base, backend, widths, ranges and attention are taken; its controller is not.
+        t2q: folder of a trained T2Q.
+        prompts_file: prompts to train on, or a label set: of that one, what T2Q was trained on.
+        settings: how the controller's pictures will be sampled; the seed is that of all random draws.
+        training: how to train.
+        out: folder of the controller to write.
+        work: folder for the state of an interrupted training.
+        start: `medium`, `sensitivity`, or the folder of a controller of the same base, widths and schedule.
+        sensitivity: the file of `qlip-plugins sensitivity`, for that start.
+        budget: what the prompts' plans cost on average at that start.
+        group: M; of another controller where training starts from one.
+        early: m, likewise.
+        initial_slope: where every slope starts, for the start `medium`.
+        limit: prompts at most, drawn from all.
+    """
+
+    recipe: Recipe
+    t2q: Path
+    prompts_file: Path
+    settings: Settings
+    training: Q2BTraining
+    out: Path
+    work: Path
+    start: str = "medium"
+    sensitivity: Path | None = None
+    budget: Budget | None = None
+    group: int = 1
+    early: int = 0
+    initial_slope: float = 4.0
+    limit: int = 256
+
+
+def train_q2b_for(what: Q2BRequest) -> dict[str, Any]:
+    """Make a controller and write its folder; can be interrupted and resumed.
+
+    Returns:
+        What `training.json` holds.
+
+    Raises:
+        QlipError: any; what can be known beforehand is checked before the work.
+    """
+    _check_request(what)
+    trained = TrainedT2Q.from_pretrained(what.t2q)
+    texts, population = _texts(what, trained)
+    pipe = placed(load_pipeline(what.recipe), what.settings)
+    prompts = _encoded(pipe, what.recipe, texts, trained.config.pooling)
+    state = load_base(what.recipe, pipe.unet)
+    controller = _started(what, pipe, state, trained, prompts, population)
+    identity = {
+        **identity_of(pipe, what.recipe.model, texts),
+        "base": state.fingerprint,
+        "ranges": load_ranges(what.recipe.ranges, state).digest(),
+        "start": controller.digest(),
+        "training": asdict(what.training),
+        "settings": asdict(replace(what.settings, device=torch.device(what.settings.device).type)),
+    }
+    work = WorkFolder(what.work, _Q2B_WORK, _VERSION, identity)
+    try:
+        log = train_on_base(pipe, what.recipe, state, controller, prompts, what.settings, what.training, work)
+    except ValueError as error:
+        raise RecipeError(f"training Q2B: {error}") from None
+    facts = _facts(what, trained, texts, log)
+    record = {TRAINING_NAME: (json.dumps(facts, indent=1) + "\n").encode()}
+    if log:
+        record[CURVES_NAME] = curves(log)
+    controller.eval().save_pretrained(what.out, record)
+    work.remove()
+    return facts
+
+
+def _check_request(what: Q2BRequest) -> None:
+    check_replaceable(what.out.resolve(), CONTROLLER_FORMAT, CONFIG_NAME, *CONTROLLER_OWNED)
+    solved = what.start == "sensitivity"
+    if solved != (what.sensitivity is not None) or solved != (what.budget is not None):
+        raise RecipeError(
+            "--start sensitivity, --sensitivity FILE and --budget belong together: give all, or none"
+        )
+    if what.limit < 1:
+        raise RecipeError(f"--limit {what.limit}: expected at least one prompt")
+    if what.training.trajectories:
+        _matplotlib()
+
+
+def _texts(what: Q2BRequest, trained: TrainedT2Q) -> tuple[list[str], list[float]]:
+    """The prompts to train on; and predicted qualities that stand for all."""
+    if what.prompts_file.suffix == ".safetensors":
+        labels = Labels.load(what.prompts_file)
+        if _file_digest(what.prompts_file) != trained.config.labels_digest:
+            raise IncompatibleModelError(
+                f"{what.prompts_file}: not the label set that {what.t2q} was trained on, so which of its prompts were "
+                "held out is unknown: give that one, or a file of prompts"
+            )
+        rows, _ = rows_of(trained.config.split, labels)
+        embeddings = labels.embeddings[_some(rows, _POPULATION)]
+        texts = [labels.prompts[row] for row in _some(rows, what.limit)]
+        return texts, _qualities(trained.t2q, embeddings)
+    prompts = read_prompts(what.prompts_file).prompts
+    return _some(prompts, what.limit), []
+
+
+def _some(items: Sequence[T], count: int) -> list[T]:
+    return random.Random(0).sample(list(items), min(count, len(items)))
+
+
+@torch.no_grad()
+def _qualities(t2q: T2Q, embeddings: Tensor) -> list[float]:
+    found = t2q(embeddings.float()).double().mul(1e6).round().div(1e6)
+    return [float(value) for value in found]
+
+
+def _started(
+    what: Q2BRequest,
+    pipe: Any,
+    state: CalibratedState,
+    trained: TrainedT2Q,
+    prompts: EncodedPrompts,
+    population: list[float],
+) -> TextToBits:
+    qualities = population or _qualities(trained.t2q, prompts.embeddings)
+    if what.start not in ("medium", "sensitivity"):
+        return _continued(Path(what.start), what, pipe, state, trained)
+    controller = new_controller(
+        pipe,
+        what.recipe,
+        state,
+        trained.t2q,
+        trained.config.pooling,
+        what.settings,
+        _origin(what, trained),
+        what.group,
+        what.early,
+        what.initial_slope,
+        qualities,
+    )
+    if what.start == "sensitivity":
+        _solve(what, pipe, state, trained, controller, prompts)
+    return controller
+
+
+def _origin(what: Q2BRequest, trained: TrainedT2Q) -> str:
+    facts = trained.config.labels
+    learnt = f"{facts.get('metric')}" + (f" of {facts['allocation']}" if "allocation" in facts else "")
+    begun = {"medium": "medium everywhere", "sensitivity": f"sensitivities at {_budget_text(what.budget)}"}
+    return (
+        f"`qlip-plugins train`: T2Q on {learnt}; Q2B from {begun.get(what.start, 'another controller')}, "
+        f"{what.training}, {what.settings.steps} steps, guidance {what.settings.guidance_scale:g}"
+    )
+
+
+def _budget_text(budget: Budget | None) -> str:
+    return "" if budget is None else str(budget.model_dump(exclude_none=True))
+
+
+def _continued(
+    folder: Path, what: Q2BRequest, pipe: Any, state: CalibratedState, trained: TrainedT2Q
+) -> TextToBits:
+    controller = TextToBits.from_pretrained(folder)
+    layers = controller.config.layers
+    controller.check_made_for(state.fingerprint, what.recipe.activation_bits, layers)
+    ours = controller.t2q.state_dict()
+    theirs = trained.t2q.state_dict()
+    if any(not torch.equal(ours[name], theirs[name]) for name in ours if name in theirs):
+        raise IncompatibleModelError(f"{folder}: its T2Q is not that of {what.t2q}")
+    if controller.config.timesteps != schedule(pipe.scheduler, what.settings.steps):
+        raise IncompatibleModelError(
+            f"{folder}: made for another schedule than {what.settings.steps} steps here"
+        )
+    config = controller.config.model_copy(update={"origin": _origin(what, trained)})
+    continued = TextToBits(config)
+    continued.load_state_dict(controller.state_dict())
+    return continued
+
+
+def _solve(
+    what: Q2BRequest,
+    pipe: Any,
+    state: CalibratedState,
+    trained: TrainedT2Q,
+    controller: TextToBits,
+    prompts: EncodedPrompts,
+) -> None:
+    """Set Q2B to the plans that a sensitivity table says are best at the budget."""
+    assert what.sensitivity is not None
+    assert what.budget is not None
+    table, menu = Sensitivity.load(what.sensitivity), controller.config.menu.widths
+    table.check_made_for(state, load_ranges(what.recipe.ranges, state), controller.config.layers)
+    measured = _encoded(pipe, what.recipe, table.prompts, trained.config.pooling)
+    quality = torch.tensor(_qualities(trained.t2q, measured.embeddings), dtype=torch.float64)
+    base = what.recipe.model_copy(
+        update={"controller": StaticController(kind="static", bits="base"), "correction": None}
+    )
+    with apply_base(pipe, base, state) as running:
+        sample_encoded(pipe, prompts.only([0]), what.settings, [0], "latent")
+        cost, target = resolved(
+            what.budget, running.costs(), len(table.timesteps), len(controller.config.layers)
+        )
+    population = torch.tensor(controller.config.population, dtype=torch.float64)
+    start_q2b(controller.q2b, table, quality, population, menu, cost, target)
+
+
+def _facts(
+    what: Q2BRequest, trained: TrainedT2Q, texts: Sequence[str], log: Sequence[Q2BRecord]
+) -> dict[str, Any]:
+    return {
+        "t2q": trained.digest(),
+        "start": what.start if what.start in ("medium", "sensitivity") else "controller",
+        "budget": None if what.budget is None else what.budget.model_dump(exclude_none=True),
+        "training": asdict(what.training),
+        "settings": asdict(what.settings),
+        "group": what.group,
+        "early": what.early,
+        "prompts": list(texts),
+        "records": [asdict(record) for record in log],
+    }
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise HostError(
+            "curves are drawn with matplotlib, which is not installed: pip install 'qlip-plugins[evaluation]'"
+        ) from None
+    matplotlib.use("Agg")
+    return Figure
+
+
+def curves(log: Sequence[Q2BRecord]) -> bytes:
+    """Error, FAB and loss against the trajectory, drawn, as PNG."""
+    figure = _matplotlib()(figsize=(9, 3), layout="constrained")
+    titles = {"mse": "relative error", "fab": "FAB", "loss": "loss"}
+    for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        axes.plot([record.trajectory for record in log], [getattr(record, name) for record in log], lw=1)
+        axes.set_title(title)
+        axes.set_xlabel("trajectory")
+    found = io.BytesIO()
+    # Without a date and a version: equal trainings, equal bytes.
+    figure.savefig(found, format="png", dpi=100, metadata={"Software": None})
+    return found.getvalue()
