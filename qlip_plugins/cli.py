@@ -454,10 +454,28 @@ def _add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--allocations",
         default="base,recipe",
         metavar="NAME,...",
-        help="base: every controlled quantizer at the base's width; recipe: the recipe's own plans (default "
-        "base,recipe)",
+        help="base: every controlled quantizer at the base's width; A6: all at 6 bits; recipe: the recipe's own plans; "
+        "and at the same mean cost mixture, random, step-only, layer-only, sensitivity, constant-q, shuffled "
+        "(docs/evaluation.md, Controls; default base,recipe)",
     )
-    _add_budget(evaluate)
+    evaluate.add_argument(
+        "--controller",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="another controller of the same base and widths, for --allocations NAME, or `constant-q of NAME`",
+    )
+    evaluate.add_argument(
+        "--sensitivity", type=Path, metavar="FILE", help="what `qlip-plugins sensitivity` wrote, for controls"
+    )
+    evaluate.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        choices=("own", "pictures"),
+        help="leave out the errors on the plan's own way, or all about pictures; may be given repeatedly",
+    )
+    _add_budget(evaluate, action="append", default=[])
     evaluate.add_argument(
         "--pictures", type=int, default=8, metavar="N", help="of the first N prompts are kept (default 8)"
     )
@@ -492,13 +510,15 @@ def _add_compare(verbs: Any, common: argparse.ArgumentParser) -> None:
     compare.set_defaults(run=_compare)
 
 
-def _add_budget(parser: argparse.ArgumentParser) -> None:
+def _add_budget(parser: argparse.ArgumentParser, **more: Any) -> None:
     parser.add_argument(
         "--budget",
         type=_budget,
         metavar="KIND=AMOUNT",
         help="what a qlip controller's plans may cost: relative=0.8 (of the base's BitOPs), fab=5.5 or bitops=0.02; "
-        "with ,per=prompt or ,per=batch where not the mean of the controller's own prompts is to meet it",
+        "with ,per=prompt or ,per=batch where not the mean of the controller's own prompts is to meet it"
+        + ("; may be given repeatedly" if more else ""),
+        **more,
     )
 
 
@@ -915,27 +935,39 @@ def _train_q2b(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    recipe = _budgeted(options)
+    recipe = Recipe.load(options.recipe)
+    if len(options.budget) == 1:
+        recipe = recipe.within(options.budget[0])
     prompts = read_prompts(options.prompts)
     prompts.check_distinct(options.prompts)
     if options.set and options.metric is None:
         raise RecipeError(f"--set {options.set[0]}: an option of a metric, and there is no --metric")
+    controllers = [text.partition("=") for text in options.controller]
+    for text, (_, equals, folder) in zip(options.controller, controllers, strict=True):
+        if not equals or not folder:
+            raise RecipeError(f"--controller {text}: expected NAME=FOLDER")
     from .evaluation.command import EvaluationRequest, as_text, evaluate
+    from .evaluation.naming import Wanted
 
-    out = options.out.resolve()
     what = EvaluationRequest(
         recipe=recipe,
         prompts=prompts,
         prompts_file=options.prompts,
         settings=_settings(options),
         out=options.out,
-        work=options.work or out.with_name(f"{out.name}.work"),
+        work=_work(options),
         seeds=options.seeds,
         batch=options.batch_size,
         features=tuple(options.features or ("demo",)),
         references=options.references,
         metrics={} if options.metric is None else {options.metric: parse_options(options.set)},
-        allocations=tuple(options.allocations.split(",")),
+        wanted=Wanted(
+            names=options.allocations.split(","),
+            budgets=options.budget,
+            controllers={name: Path(folder) for name, _, folder in controllers},
+            sensitivity=options.sensitivity,
+        ),
+        skip=tuple(options.skip),
         pictures=options.pictures,
     )
     facts = evaluate(what, _say)

@@ -26,12 +26,12 @@ from ..prompts import PromptSet
 from ..quality import open_quality
 from ..quality_metrics import metric_config
 from ..recipe import Recipe
-from ..schema import nearest
 from ..work import WorkFolder
 from .bootstrap import clusters_of, mean_interval
 from .distances import FEW, SetDistance, frechet_distance, kernel_distance, label
 from .drawing import draw_grid, draw_pareto
 from .errors import Batch, Judges, Measured, Measuring, Pair, batches, noises_of, paired
+from .naming import Wanted, allocations_of
 from .protocol import fingerprint_of, flat, protocol_of
 from .run import (
     COSTS,
@@ -70,7 +70,8 @@ class EvaluationRequest:
         features: extractors, `NAME` or `NAME=PATH`.
         references: folder of pictures that sets are compared with.
         metrics: of single pictures, name -> options.
-        allocations: names; full precision is always among the results.
+        wanted: allocations; full precision is always among the results.
+        skip: `own` or `pictures`, as of `Measuring`.
         pictures: of how many prompts pictures are kept.
     """
 
@@ -85,31 +86,9 @@ class EvaluationRequest:
     features: tuple[str, ...] = ("demo",)
     references: Path | None = None
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    allocations: tuple[str, ...] = DEFAULT_ALLOCATIONS
+    wanted: Wanted = field(default_factory=lambda: Wanted(DEFAULT_ALLOCATIONS))
+    skip: tuple[str, ...] = ()
     pictures: int = 8
-
-
-def allocations_of(pair: Pair, names: Sequence[str]) -> dict[str, BitPlan]:
-    """The plans that a user names, each of all prompts or of one for all.
-
-    Args:
-        pair: the models, with the recipe's plan and the base's.
-        names: `base`, every controlled quantizer at the base's width; `recipe`, the recipe's own plans.
-
-    Raises:
-        RecipeError: a name is unknown.
-    """
-    known = {"base": pair.base_plan, "recipe": pair.recipe_plan}
-    found = {}
-    for name in names:
-        if name == FULL:
-            continue
-        if name not in known:
-            raise RecipeError(
-                f"--allocations: no allocation {name!r}{nearest(name, known)} (known: {', '.join(known)})"
-            )
-        found[name] = known[name]
-    return found
 
 
 def evaluate(what: EvaluationRequest, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -130,7 +109,8 @@ def evaluate(what: EvaluationRequest, say: Callable[[str], None]) -> dict[str, A
         pipe = placed(load_pipeline(what.recipe), replace(what.settings, device=processes.device))
         judges, references = _judges(what, pipe, processes.device)
         with paired(pipe, what.recipe, what.prompts.prompts, what.settings) as pair:
-            run = _Evaluation(what, pair, judges, references, allocations_of(pair, what.allocations))
+            plans = allocations_of(pair, what.wanted, clusters_of(what.prompts))
+            run = _Evaluation(what, pair, judges, references, plans)
             folder = _work_folder(run, processes)
             run.measure(folder, processes, say)
             if not processes.main:
@@ -146,7 +126,7 @@ def _check(what: EvaluationRequest) -> None:
             f"--seeds {what.seeds}, --batch-size {what.batch}, --pictures {what.pictures}: expected at least one of "
             "the first two, and no negative number of pictures"
         )
-    for name in what.allocations:
+    for name in (*what.wanted.names, *(what.wanted.controllers or ())):
         if not _NAME.fullmatch(name):
             raise RecipeError(
                 f"--allocations: {name!r} is no name: letters, digits, space and ._@=+- are allowed"
@@ -157,6 +137,12 @@ def _check(what: EvaluationRequest) -> None:
 
 
 def _judges(what: EvaluationRequest, pipe: Any, device: str) -> tuple[Judges, PictureFolder | None]:
+    if "pictures" in what.skip:
+        if what.references is not None or what.metrics:
+            raise RecipeError(
+                "--skip pictures: then there are none to judge, leave out --references and --metric"
+            )
+        return Judges({}, {}), None
     if getattr(pipe, "vae", None) is None:
         if what.references is not None or what.metrics:
             raise IncompatibleModelError(
@@ -179,6 +165,7 @@ def _work_folder(run: _Evaluation, processes: Processes) -> WorkFolder:
         "recipe": run.what.recipe.model_dump(mode="json"),
         "allocations": {name: plan.digest() for name, plan in run.plans.items()},
         "pictures": run.what.pictures,
+        "skip": sorted(run.what.skip),
     }
     if not processes.main:
         processes.wait()  # for the main process to have made the folder
@@ -233,7 +220,7 @@ class _Evaluation:
 
     def _measure_batch(self, folder: WorkFolder, batch: Batch, done: Callable[[str], None]) -> None:
         missing = self._missing(folder, batch)
-        measuring = Measuring(self.pair, self.judges, batch)
+        measuring = Measuring(self.pair, self.judges, batch, self.what.skip)
         for name in missing:
             found = measuring.full_precision() if name == FULL else measuring.allocation(self.plans[name])
             if "pictures" in found:
@@ -260,7 +247,11 @@ class _Evaluation:
                     "sets": self._sets(folder, name, found, described),
                     "calls": {
                         "timesteps": timesteps,
-                        **{kind: found[kind].mean((0, 1)).tolist() for kind in ("error_led", "error_own")},
+                        **{
+                            kind: found[kind].mean((0, 1)).tolist()
+                            for kind in ("error_led", "error_own")
+                            if kind in found
+                        },
                     },
                 }
                 results |= {
@@ -392,7 +383,10 @@ def as_text(facts: Mapping[str, Any]) -> str:
     """The tables of a run, the primary metric first."""
     allocations = facts["allocations"]
     columns = in_order({key for found in allocations.values() for key in found["figures"]})
-    errors, costs = columns[:2], [key for key in columns if key in COSTS]
+    errors, costs = (
+        [key for key in columns if key.startswith("error_")],
+        [key for key in columns if key in COSTS],
+    )
     pictured = [key for key in columns if key not in (*errors, *costs)]
     n = len(facts["prompts"])
     seeds = facts["protocol"]["noises"]["per_prompt"]
@@ -401,8 +395,7 @@ def as_text(facts: Mapping[str, Any]) -> str:
         "means with 95% intervals, bootstrap by cluster",
         "",
         *_table(allocations, [*errors, *costs]),
-        "",
-        *_table(allocations, pictured),
+        *(["", *_table(allocations, pictured)] if pictured else []),
     ]
     sets = {key: found["label"] for each in allocations.values() for key, found in each["sets"].items()}
     if sets:

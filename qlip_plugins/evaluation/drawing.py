@@ -60,7 +60,7 @@ def _draw_costs(axes: Any, points: Mapping[str, Any], cost: str) -> None:
     for number, name in enumerate(order, 1):
         across, error = points[name][cost]["mean"], points[name][PRIMARY]
         low, high = (error["mean"] if error[end] is None else error[end] for end in ("low", "high"))
-        colour = "tab:red" if name == "recipe" else "tab:blue"
+        colour = "tab:red" if name.partition("@")[0] == "recipe" else "tab:blue"
         axes.plot([across, across], [low, high], color=colour, alpha=0.45, linewidth=1.6)
         axes.plot([across], [error["mean"]], "o", color=colour, markersize=5, label=f"{number}  {name}")
         # To both sides in turn: neighbours by cost often have nearly the same error.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,10 +201,13 @@ class Measuring:
         pair: of models.
         judges: of pictures; used where the pipeline has a decoder.
         batch: which pictures.
+        skip: `own`, the errors on the plan's own way; `pictures`, all that is said of pictures. Both take
+            time that the primary metric does not need.
     """
 
-    def __init__(self, pair: Pair, judges: Judges, batch: Batch) -> None:
+    def __init__(self, pair: Pair, judges: Judges, batch: Batch, skip: Collection[str] = ()) -> None:
         self._pair = pair
+        self._skip = skip
         self._judges = judges
         self._batch = batch
         self._prompts = pair.prompts.only(batch.rows)
@@ -220,12 +223,14 @@ class Measuring:
     @property
     def pictures_are(self) -> str:
         """What the pipeline gives: `pt`, pictures `(N, 3, H, W)` in 0..1, or `latent` without a decoder."""
-        return "latent" if getattr(self._pair.teacher, "vae", None) is None else "pt"
+        undecoded = getattr(self._pair.teacher, "vae", None) is None or "pictures" in self._skip
+        return "latent" if undecoded else "pt"
 
     def full_precision(self) -> Measured:
         """What there is to say of the full-precision pictures themselves."""
         shape = (len(self._noises), len(self.timesteps))
-        none = {name: torch.zeros(shape, dtype=torch.float64) for name in ("error_led", "error_own")}
+        kinds = ["error_led"] if "own" in self._skip else ["error_led", "error_own"]
+        none = {name: torch.zeros(shape, dtype=torch.float64) for name in kinds}
         return self._on_cpu({**none, **self._compared(self._pictures)})
 
     def allocation(self, plan: BitPlan) -> Measured:
@@ -237,8 +242,8 @@ class Measuring:
         Returns:
             `error_led` and `error_own`, `(N, C)` float64: mean squared difference of the two models'
             predictions after guidance, at each call, at the samples of the full-precision model, and at those
-            that the quantized one visits by itself. Then of the pictures that it draws by itself, `(N,)`:
-            `picture_mse` and `psnr` (dB, of 0..1; latents have none) against the full-precision picture of the same
+            that the quantized one visits by itself, unless skipped. Then of the pictures that it draws by itself,
+            `(N,)`: `picture_mse` and `psnr` (dB, of 0..1; latents have none) against the full-precision picture of the same
             noise, `distance.NAME`, the cosine distance of their features, and `score.NAME`; and
             `features.NAME`, `(N, D)`, `spatial.NAME`, `(N, S)`, `pictures`, uint8.
             The errors are those of the denoiser, before a correction in the sampler.
@@ -252,24 +257,28 @@ class Measuring:
         controller.follow(plan if plan.prompts == 1 else _rows_of(plan, rows))
         with _corrected(controller, pair.recipe):
             led, _ = self._sampled(controller.pipe, self._course.samples, "latent")
-            own, pictures = self._sampled(controller.pipe, None, self.pictures_are)
-        if own.timesteps != self._course.timesteps:
-            raise IncompatibleModelError(
-                f"the recipe samples with {len(own.timesteps)} calls at other timesteps than the pipeline "
-                f"({len(self._course.timesteps)}): give the pipeline the sampler of the correction (DDIM)"
-            )
-        teacher, _ = self._sampled(pair.teacher, own.samples, "latent")
-        found = {
-            "error_led": led.error(self._course),
-            "error_own": own.error(teacher),
-            **self._compared(pictures),
-        }
-        for name in ("error_led", "error_own"):
+            found = {"error_led": led.error(self._course)}
+            own: Course | None = None
+            if not {"own", "pictures"} <= set(self._skip):
+                own, pictures = self._sampled(controller.pipe, None, self.pictures_are)
+                self._check_same_calls(own)
+                found |= self._compared(pictures)
+        if own is not None and "own" not in self._skip:
+            teacher, _ = self._sampled(pair.teacher, own.samples, "latent")
+            found["error_own"] = own.error(teacher)
+        for name in found.keys() & {"error_led", "error_own"}:
             if not bool(found[name].isfinite().all()):
                 raise IncompatibleModelError(
                     f"a prediction is NaN or infinite ({name}), prompts {self._prompts.prompts[0]!r} and following"
                 )
         return self._on_cpu(found)
+
+    def _check_same_calls(self, own: Course) -> None:
+        if own.timesteps != self._course.timesteps:
+            raise IncompatibleModelError(
+                f"the recipe samples with {len(own.timesteps)} calls at other timesteps than the pipeline "
+                f"({len(self._course.timesteps)}): give the pipeline the sampler of the correction (DDIM)"
+            )
 
     def _sampled(self, pipe: Any, along: Sequence[Tensor] | None, output_type: str) -> tuple[Course, Tensor]:
         with recording(pipe, along) as course:
@@ -279,7 +288,7 @@ class Measuring:
         return course, (pictures * 255).round() / 255 if output_type == "pt" else pictures
 
     def _describe(self, pictures: Tensor) -> Measured:
-        if self.pictures_are == "latent":
+        if self.pictures_are == "latent" or "pictures" in self._skip:
             return {}
         described = {}
         for name, features in self._judges.features.items():
@@ -288,6 +297,8 @@ class Measuring:
         return described
 
     def _compared(self, pictures: Tensor) -> Measured:
+        if "pictures" in self._skip:
+            return {}
         described = self._described if pictures is self._pictures else self._describe(pictures)
         mse = (pictures - self._pictures).double().square().flatten(1).mean(1)
         found = {"picture_mse": mse, **described}

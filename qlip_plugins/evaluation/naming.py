@@ -1,0 +1,158 @@
+"""The plans that a user names: the base, the recipe's and other controllers' at each budget, and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..allocations import CONTROLS, Situation, made, static_width
+from ..embeddings import MeanOfStates
+from ..errors import IncompatibleModelError, RecipeError
+from ..plan import BitPlan
+from ..recipe import Budget, QlipController
+from ..sensitivity import Sensitivity
+from ..text_to_bits import TextToBits
+from .errors import Pair
+from .run import FULL
+
+_OF = " of "
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be allocated.
+
+    Args:
+        names: `base`, static widths such as `A6`, `recipe`, a name of `controllers`, a control of
+            `qlip_plugins.allocations`, or `CONTROL of CONTROLLER`.
+        budgets: at which the recipe's controller is compared with the others; none: as trained.
+        controllers: name -> folder of another controller of the same base and widths.
+        sensitivity: file, for controls that are solved from it.
+    """
+
+    names: Sequence[str]
+    budgets: Sequence[Budget] = ()
+    controllers: Mapping[str, Path] | None = None
+    sensitivity: Path | None = None
+
+
+def title(name: str, budget: Budget | None, number: int) -> str:
+    """The name of an allocation at one of `number` budgets: with more than one, NAME@KIND=AMOUNT."""
+    if budget is None or number < 2:
+        return name
+    (kind, amount), *_ = budget.model_dump(exclude_none=True, exclude={"per"}).items()
+    per = "" if budget.per == "population" else f" per {budget.per}"
+    return f"{name}@{kind}={amount:g}{per}"
+
+
+def allocations_of(pair: Pair, wanted: Wanted, clusters: Sequence[str]) -> dict[str, BitPlan]:
+    """The plans that a user names, each of all prompts or of one for all.
+
+    At each budget all but `base` and static widths have the mean cost (BitOPs, profile `paper`) that the
+    recipe's own plans of these prompts have.
+
+    Args:
+        pair: the models, with the recipe's plan and the base's.
+        wanted: what is named.
+        clusters: the concept of each prompt.
+
+    Raises:
+        RecipeError: a name is unknown, or lacks what it is made from.
+        IncompatibleModelError: a controller or the sensitivities do not belong to the base.
+        BitsError: a cost is out of reach.
+    """
+    maker = _Maker(pair, wanted, clusters)
+    found: dict[str, BitPlan] = {}
+    fixed = [name for name in wanted.names if name == "base" or static_width(name) is not None]
+    for name in fixed:
+        found[name] = pair.base_plan if name == "base" else made(name, maker.situation(pair.recipe_plan))
+    others = [name for name in wanted.names if name not in (*fixed, FULL)]
+    budgets: Sequence[Budget | None] = wanted.budgets or [None]
+    for budget in budgets:
+        recipe_plan = maker.recipe_plan(budget)
+        for name in others:
+            found[title(name, budget, len(wanted.budgets))] = maker.made(name, recipe_plan)
+    return found
+
+
+class _Maker:
+    def __init__(self, pair: Pair, wanted: Wanted, clusters: Sequence[str]) -> None:
+        self._pair = pair
+        self._clusters = clusters
+        self._costs = pair.controller.costs()
+        section, self._own = pair.recipe.controller, None
+        state = pair.controller.state
+        layers = pair.recipe_plan.layers
+        if isinstance(section, QlipController):
+            self._own = TextToBits.from_pretrained(section.path)
+        elif wanted.budgets:
+            raise RecipeError(
+                f"a budget needs a controller of kind qlip, the recipe's is {section.kind}, with fixed bits"
+            )
+        self._others = {}
+        for name, folder in (wanted.controllers or {}).items():
+            if name in ("base", "recipe", FULL, *CONTROLS) or static_width(name) is not None or _OF in name:
+                raise RecipeError(f"--controller {name}={folder}: the name has a meaning already")
+            other = TextToBits.from_pretrained(folder)
+            other.check_made_for(state.fingerprint, pair.recipe.activation_bits, layers)
+            self._others[name] = other
+        self._table = None
+        if wanted.sensitivity is not None:
+            self._table = Sensitivity.load(wanted.sensitivity)
+            self._table.check_made_for(state, pair.controller.ranges, layers)
+            if self._table.timesteps != pair.recipe_plan.timesteps:
+                raise IncompatibleModelError(
+                    f"{wanted.sensitivity}: of {len(self._table.timesteps)} timesteps, this sampling visits "
+                    f"{len(pair.recipe_plan.timesteps)}, or others"
+                )
+
+    def recipe_plan(self, budget: Budget | None) -> BitPlan:
+        """The recipe's own plan of all prompts."""
+        if budget is None or self._own is None:
+            return self._pair.recipe_plan
+        return self._own.plan(self._embeddings(self._own), self._timesteps, budget, self._costs)
+
+    @property
+    def _timesteps(self) -> tuple[float, ...]:
+        return self._pair.recipe_plan.timesteps
+
+    def _embeddings(self, controller: TextToBits) -> Tensor:
+        prompts = self._pair.prompts
+        if controller.config.pooling == "mean" != prompts.pooling:
+            return MeanOfStates().embed(prompts.states)
+        if controller.config.pooling != prompts.pooling:
+            raise IncompatibleModelError(
+                f"a controller reads embeddings of pooling {controller.config.pooling!r}, these prompts have "
+                f"{prompts.pooling!r}"
+            )
+        return prompts.embeddings.double()
+
+    def situation(self, plan: BitPlan, own: TextToBits | None = None) -> Situation:
+        """What controls of a plan are made from."""
+        return Situation(
+            plan=plan,
+            cost=self._costs.bitops(),
+            menu=self._pair.recipe.activation_bits.widths,
+            clusters=self._clusters,
+            table=self._table,
+            q2b=None if own is None else own.q2b,
+        )
+
+    def made(self, name: str, recipe_plan: BitPlan) -> BitPlan:
+        """An allocation at the cost of the recipe's plan."""
+        if name == "recipe":
+            return recipe_plan
+        control, of, owner = name.partition(_OF)
+        if not of and name not in self._others:
+            return made(name, self.situation(recipe_plan, self._own))
+        owner = owner or name
+        if owner not in self._others:
+            raise RecipeError(f"--allocations {name}: no controller {owner!r} (--controller {owner}=FOLDER)")
+        other = self._others[owner]
+        target = self.situation(recipe_plan).target
+        equal = Budget(bitops=target, per="batch")
+        plan = other.plan(self._embeddings(other), self._timesteps, equal, self._costs)
+        return plan if not of else made(control, self.situation(plan, other))
