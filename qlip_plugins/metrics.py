@@ -212,7 +212,7 @@ def call_bitops(counts: MacCounts, weight_bits: Widths, activation_bits: Widths,
 def _input_bits(counts: MacCounts, name: str, activation_bits: Widths) -> float:
     first = activation_bits(name, FULL_PRECISION)
     second = activation_bits(name + SPLIT_SUFFIX, first)
-    if first == second:
+    if second is first or bool(torch.all(torch.as_tensor(first == second))):
         return first
     if name not in counts.first_parts:
         raise BitsError(
@@ -272,38 +272,26 @@ def cost_of(
         base_bits: width of every activation quantizer that the plan leaves alone.
         visits: the calls that were made.
     """
-    return [
-        _prompt_cost(plan, prompt, counts, weight_bits, base_bits, visits) for prompt in range(plan.prompts)
-    ]
-
-
-def _prompt_cost(
-    plan: BitPlan,
-    prompt: int,
-    counts: MacCounts,
-    weight_bits: Mapping[str, float],
-    base_bits: Mapping[str, float],
-    visits: Visits,
-) -> Cost:
-    paper = full = 0.0
+    paper = full = torch.zeros(plan.prompts, dtype=torch.float64)
     for (timestep, rows), calls in visits.items():
-        row = dict(zip(plan.layers, plan.at(timestep)[prompt].tolist(), strict=True))
-        widths = {**base_bits, **row}
-        paper += calls * call_bitops(counts, weight_bits.get, widths.get, "paper")
-        full += calls * rows * call_bitops(counts, weight_bits.get, widths.get, "full")
-    fab, weighted = _mean_bits(plan, prompt, counts, visits)
-    return Cost(fab, weighted, paper, full, None if plan.quality is None else plan.quality[prompt])
+        columns = dict(zip(plan.layers, plan.at(timestep).double().unbind(1), strict=True))
+        # Widths are numbers, or one for each prompt: all prompts are counted at once.
+        widths: Any = {**base_bits, **columns}
+        paper = paper + calls * call_bitops(counts, weight_bits.get, widths.get, "paper")
+        full = full + calls * rows * call_bitops(counts, weight_bits.get, widths.get, "full")
+    fab, weighted = _mean_bits(plan, counts, visits)
+    quality = plan.quality or [None] * plan.prompts
+    return [Cost(*row) for row in zip(fab, weighted, paper.tolist(), full.tolist(), quality, strict=True)]
 
 
-def _mean_bits(
-    plan: BitPlan, prompt: int, counts: MacCounts, visits: Visits
-) -> tuple[float, float] | tuple[None, None]:
+def _mean_bits(plan: BitPlan, counts: MacCounts, visits: Visits) -> tuple[list[Any], list[Any]]:
+    """FAB of each prompt, plain and weighted by MACs; None where nothing is controlled."""
     if not plan.layers:
-        return None, None
+        return [None] * plan.prompts, [None] * plan.prompts
     steps = dict.fromkeys(timestep for timestep, _ in visits)
-    bits = torch.stack([plan.at(timestep)[prompt] for timestep in steps]).double()
+    bits = torch.stack([plan.at(timestep) for timestep in steps], dim=1).double()
     macs = torch.tensor([counts.of(name) for name in plan.layers], dtype=torch.float64)
-    return float(bits.mean()), float((bits @ (macs / macs.sum())).mean())
+    return bits.mean((1, 2)).tolist(), (bits @ (macs / macs.sum())).mean(1).tolist()
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:

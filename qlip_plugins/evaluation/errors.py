@@ -101,14 +101,9 @@ class Pair:
         check_ranges(self.controller.ranges, self.recipe, self.controller.state, self.controller.planner)
 
     def costs(self, plan: BitPlan) -> list[Cost]:
-        """What each of the n prompts costs; equal rows are counted once."""
-        n = len(self.prompts.prompts)
-        if plan.prompts == 1 or not plan.layers:
-            return self.controller.costs_of(plan.only(0)) * n
-        rows, place = plan.bits.flatten(1).unique(dim=0, return_inverse=True)
-        distinct = BitPlan(rows.view(-1, *plan.bits.shape[1:]), plan.timesteps, plan.layers)
-        found = self.controller.costs_of(distinct)
-        return [found[index] for index in place.tolist()]
+        """What each of the n prompts costs."""
+        costs = self.controller.costs_of(replace(plan, quality=None))
+        return costs * len(self.prompts.prompts) if plan.prompts == 1 else costs
 
     def full_precision_costs(self) -> list[Cost]:
         """What each of the n prompts costs with no quantizer anywhere."""
@@ -243,8 +238,8 @@ class Measuring:
             `error_led` and `error_own`, `(N, C)` float64: mean squared difference of the two models'
             predictions after guidance, at each call, at the samples of the full-precision model, and at those
             that the quantized one visits by itself, unless skipped. Then of the pictures that it draws by itself,
-            `(N,)`: `picture_mse` and `psnr` (dB, of 0..1; latents have none) against the full-precision picture of the same
-            noise, `distance.NAME`, the cosine distance of their features, and `score.NAME`; and
+            `(N,)`: `picture_mse` and `psnr` (dB, of 0..1; latents have none) against the full-precision picture
+            of the same noise, `distance.NAME`, the cosine distance of their features, and `score.NAME`; and
             `features.NAME`, `(N, D)`, `spatial.NAME`, `(N, S)`, `pictures`, uint8.
             The errors are those of the denoiser, before a correction in the sampler.
 
