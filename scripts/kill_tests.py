@@ -1,6 +1,8 @@
 """Kill long work with SIGKILL at random moments, resume it, and compare with an uninterrupted run.
 
     python scripts/kill_tests.py labels --kills 50
+    python scripts/kill_tests.py t2q --kills 20
+    python scripts/kill_tests.py q2b --kills 20
 
 Each run is a process of its own, forked from this one so that it need not import torch again; it is
 killed at a moment drawn uniformly over the time that an uninterrupted run takes, and run again until it
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import random
@@ -21,9 +24,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import diffusers  # noqa: F401 (before any fork)
+import matplotlib.figure  # noqa: F401
 import numpy as np
 import torch
 import transformers  # noqa: F401
@@ -31,6 +36,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from qlip_plugins import cli
+from qlip_plugins.embeddings import EncodedPrompts, PromptEmbeddings
+from qlip_plugins.labels import Labels
+from qlip_plugins.recipe import Recipe
 
 Command = Callable[[Path], list[str]]
 """The arguments of `qlip-plugins` that write their result to a path; the work folder is beside it."""
@@ -55,7 +63,68 @@ def labels(folder: Path) -> Command:
     ]
 
 
-KINDS: dict[str, Callable[[Path], Command]] = {"labels": labels}
+def golden_labels(folder: Path) -> Path:
+    """Labels of the golden pipeline's prompts, which rise with one direction of their embeddings."""
+    recipe = Recipe.load("golden-w4a8")
+    assert recipe.model.prompt_embeddings is not None
+    table = PromptEmbeddings.load(recipe.model.prompt_embeddings)
+    prompts = EncodedPrompts.from_table(table, [f"row {row}" for row in range(48)])
+    scores = prompts.embeddings @ torch.randn(
+        prompts.embeddings.shape[1], 2, generator=torch.Generator().manual_seed(0)
+    )
+    path = folder / "labels.safetensors"
+    Labels(prompts.prompts, prompts.embeddings, scores, {"metric": "of a test", "pooling": "mean"}).save(path)
+    return path
+
+
+def t2q(folder: Path) -> Command:
+    """T2Q on labels of the golden pipeline: 4,000 steps, its state kept every hundred."""
+    made = golden_labels(folder)
+    return lambda out: [
+        *("train", "t2q", "golden-w4a8", "--labels", str(made), "--out", str(out)),
+        *("--hidden", "32", "--train-steps", "4000"),
+    ]
+
+
+def q2b(folder: Path) -> Command:
+    """Q2B on the golden base: twelve trajectories of two prompts, its state kept after each."""
+    run(t2q(folder)(folder / "t2q"))
+    made = golden_labels(folder)
+    return lambda out: [
+        *(
+            "train",
+            "q2b",
+            "golden-w4a8",
+            "--t2q",
+            str(folder / "t2q"),
+            "--prompts",
+            str(made),
+            "--out",
+            str(out),
+        ),
+        *(
+            "--steps",
+            "3",
+            "--guidance",
+            "2",
+            "--batch-size",
+            "2",
+            "--bit-weight",
+            "1e-3",
+            "--trajectories",
+            "12",
+        ),
+    ]
+
+
+def run(command: list[str]) -> None:
+    """Run `qlip-plugins` here, silently."""
+    with redirect_stdout(io.StringIO()):
+        if cli.main(command):
+            raise SystemExit(f"failed: {' '.join(command)}")
+
+
+KINDS: dict[str, Callable[[Path], Command]] = {"labels": labels, "t2q": t2q, "q2b": q2b}
 
 
 def start(command: list[str]) -> int:
@@ -88,14 +157,20 @@ def finished(process: int, until: float | None) -> bool:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file, or of the names and contents of a folder's files."""
+    found = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        found.update((file.name if path.is_dir() else "").encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def broken(out: Path) -> list[Path]:
     """Files under a final name, in the work folder or as the result, that a reader could not read."""
     work = out.with_name(f"{out.name}.work")
-    found = [path for path in [out, *sorted(work.glob("[!.]*"))] if path.is_file()]
+    made = sorted(out.iterdir()) if out.is_dir() else [out]
+    found = [
+        path for path in [*made, *sorted(work.glob("[!.]*"))] if path.is_file() and path.suffix != ".png"
+    ]
     return [path for path in found if not readable(path)]
 
 
@@ -120,7 +195,7 @@ def moment(out: Path) -> str:
         return "after the result"
     if not work.is_dir():
         return "before the first file"
-    return "with batches finished" if any(work.glob("*.safetensors")) else "before the first batch"
+    return "with parts finished" if any(work.glob("*.safetensors")) else "before the first part"
 
 
 def main() -> None:
@@ -134,7 +209,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = KINDS[options.kind](folder)
-        whole = folder / "whole.safetensors"
+        suffix = ".safetensors" if options.kind == "labels" else ""
+        whole = folder / f"whole{suffix}"
         began = time.monotonic()
         finished(start(command(whole)), None)
         duration, expected = time.monotonic() - began, digest(whole)
@@ -142,7 +218,7 @@ def main() -> None:
         moments: Counter[str] = Counter()
         while kills < options.kills:
             runs += 1
-            out = folder / f"run-{runs}.safetensors"
+            out = folder / f"run-{runs}{suffix}"
             while True:
                 limit = time.monotonic() + draw.uniform(0, duration) if kills < options.kills else None
                 if finished(start(command(out)), limit):
