@@ -56,7 +56,7 @@ class Column:
 
 FULL = Column("full precision", "no quantizer, 32 bits", None)
 BASE = Column("W4A8 base", "8 bits for every prompt", "demo-w4a8")
-QLIP = Column("QLIP {4,6,8}", "on W4A8, by the prompt", "demo-qlip-468")
+QLIP = Column("QLIP {4,6,8}", "on W4A8, by the prompt", "demo-qlip-468-solved")
 QLIP_PAPER = Column("QLIP {8,16,32}", "on W4A16, by the prompt", "demo-qlip-81632")
 COLUMNS = (FULL, BASE, QLIP, QLIP_PAPER)
 

@@ -5,13 +5,14 @@ r"""From the trained demo pipeline to its QLIP: prompts, labels, T2Q, ranges, Q2
     qlip-plugins label demo-w4a8 --prompts build/qlip/label_prompts.jsonl --metric knn-giqa --set features=demo \
         --set references=build/qlip/references --set standardise=true --guidance 3 --seed 1 --batch-size 64 \
         --device cuda --out build/qlip/labels.safetensors
-    qlip-plugins train t2q demo-w4a8 --labels build/qlip/labels.safetensors --lr 1e-3 --out build/qlip/t2q
     qlip-plugins calibrate recipes/qlip_demo/pipeline --prompts scripts/demo_model/calibration.txt --guidance 3 \
         --activation-bits 8 16 --iterations 800 --activation-iterations 300 --out recipes/qlip_demo/base
     python scripts/demo_model/make_qlip.py ranges build/qlip demo-w4a8    # and demo-w4a16
-    qlip-plugins train q2b demo-qlip-468 --t2q build/qlip/t2q --prompts build/qlip/labels.safetensors --guidance 3 \
-        --seed 2 --bit-weight 4e-3 --trajectories 20 --lr 0.1 --early 2 --out build/qlip/controller-468
+    python scripts/demo_model/make_qlip.py ranges build/qlip demo-w4a8 --add 5 7
+    qlip-plugins train t2q demo-w4a8 --labels build/qlip/labels.safetensors --held split=held --lr 1e-3 \
+        --out build/qlip/t2q
 
+What follows from there, the controllers and their evaluation, is in docs/allocation.md.
 `ranges` writes into recipes/qlip_demo, what the recipes name.
 """
 
@@ -27,6 +28,7 @@ from common import stored_pictures
 from qlip_plugins.controller import apply
 from qlip_plugins.fitting import fit_ranges
 from qlip_plugins.generation import Settings, load_pipeline, placed, sample
+from qlip_plugins.grids import Ranges
 from qlip_plugins.labels import Labels
 from qlip_plugins.recipe import Recipe
 
@@ -107,7 +109,10 @@ def split_rows(made: Labels) -> tuple[list[int], list[int]]:
 
 
 def ranges(options: argparse.Namespace) -> None:
-    """Fit ranges for every width of both menus while the base generates calibration prompts."""
+    """Fit ranges for every width of both menus while the base generates calibration prompts.
+
+    With `--add`, of more widths: those of the recipe's table stay as they are, and a table `...-wide` is written.
+    """
     recipe = Recipe.load(options.recipe)
     pipe = placed(load_pipeline(recipe), settings_of(options))
     lines = (ROOT / "scripts/demo_model/calibration.txt").read_text(encoding="utf-8").splitlines()
@@ -118,10 +123,16 @@ def ranges(options: argparse.Namespace) -> None:
             sample(pipe, recipe, texts[start : start + 16], settings_of(options))
 
     with apply(pipe, recipe.model_copy(update={"ranges": None})) as controller:
-        found = fit_ranges(controller.quantizers, controller.state, WIDTHS, run)
+        found = fit_ranges(controller.quantizers, controller.state, options.add or WIDTHS, run)
     assert recipe.ranges is not None
     assert recipe.ranges.table is not None
-    found.save(options.to / recipe.ranges.table.name)
+    table = recipe.ranges.table
+    if not options.add:
+        found.save(options.to / table.name)
+        return
+    known = Ranges.load(table)
+    both = {name: {**grids, **known.fitted[name]} for name, grids in found.fitted.items()}
+    Ranges(both, known.keep_calibrated, known.fingerprint).save(options.to / f"{table.stem}-wide.safetensors")
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -152,6 +163,7 @@ def main() -> None:
         one.add_argument("out", type=Path)
         if step is ranges:
             one.add_argument("recipe")
+            one.add_argument("--add", type=int, nargs="+", metavar="BITS")
             one.add_argument("--to", type=Path, default=ROOT / "recipes/qlip_demo")
         one.add_argument("--device", default="cpu")
         one.add_argument("--limit", type=int, help="prompts at most (for trials)")
