@@ -150,7 +150,7 @@ def _draw_fair(tables: dict[str, Any], path: Path) -> None:
     colours = plt.get_cmap("tab20")
     for number, name in enumerate(names):
         points = sorted(
-            (table["rows"][name]["bitops"], table["rows"][name]["error"])
+            (table["rows"][name]["bitops"], table["rows"][name]["error"]["mean"])
             for table in tables.values()
             if name in table["rows"]
         )
@@ -158,7 +158,7 @@ def _draw_fair(tables: dict[str, Any], path: Path) -> None:
         ours = name == "recipe"
         axes.plot(
             across,
-            [error["mean"] for _, error in points],
+            [error for _, error in points],
             label=name,
             color="red" if ours else colours(number % 20),
             linewidth=1,
