@@ -6,6 +6,8 @@ are only what the cost is counted over. See docs/evaluation.md, Controls.
 
 from __future__ import annotations
 
+import copy
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .budget import LinearCost, shift_for, thresholds, widths_at, widths_for
-from .errors import RecipeError
+from .errors import BitsError, RecipeError
 from .plan import BitPlan
 from .q2b import Q2B
 from .recipe import FULL_PRECISION
@@ -24,6 +26,7 @@ from .sensitivity import Sensitivity, log_prices
 _STATIC = re.compile(r"A(\d+)")
 _SEED = 0
 _LOOKS, _REFINEMENTS = 60, 3
+_MOST_MISSED = 0.02
 _WIDTHS = (*range(2, 25), FULL_PRECISION)
 
 
@@ -108,7 +111,7 @@ def same_quality(what: Situation) -> BitPlan:
     """The controller's plan at one quality for all prompts: the quality that costs the same, the dial as it is."""
     assert what.q2b is not None  # `made` sees to both
     assert what.plan.quality is not None
-    q2b, timesteps = what.q2b.double(), what.plan.timesteps
+    q2b, timesteps = copy.deepcopy(what.q2b).double(), what.plan.timesteps
     known = torch.tensor(what.plan.quality, dtype=torch.float64)
     shift = shift_for(*thresholds(q2b, known, timesteps), what.menu, what.cost, what.target)
 
@@ -123,19 +126,30 @@ def same_quality(what: Situation) -> BitPlan:
         best = float(grid[(what.cost.of(widths(grid)) - what.target).abs().argmin()])
         reach = (high - low) / (_LOOKS - 1)
         low, high = best - reach, best + reach
-    return what.with_bits(widths(torch.tensor([best], dtype=torch.float64)))
+    bits = widths(torch.tensor([best], dtype=torch.float64))
+    missed = float(what.cost.of(bits).mean()) / what.target - 1
+    if abs(missed) > _MOST_MISSED:
+        raise BitsError(
+            f"constant-q: no single quality costs what the prompts' plans do; the nearest, {best:.3f}, is off by "
+            f"{missed:.1%}"
+        )
+    return what.with_bits(bits)
 
 
 def shuffled(what: Situation) -> BitPlan:
     """The plans of the prompts, each given to a prompt of another concept."""
     names = list(what.clusters)
-    order = sorted(range(len(names)), key=lambda row: (names[row], row))
+    # By chance: concepts that stand side by side in an alphabet can look alike.
+    drawn = sorted(set(names))
+    random.Random(_SEED).shuffle(drawn)
+    place = {name: number for number, name in enumerate(drawn)}
+    order = sorted(range(len(names)), key=lambda row: (place[names[row]], row))
     most = max(names.count(name) for name in set(names))
     if 2 * most > len(names):
         raise RecipeError(
             "--allocations shuffled: most prompts are of one concept, so plans cannot change concepts"
         )
-    # Sorted by concept, a turn by the largest concept's size meets no prompt of the same one.
+    # Grouped by concept, a turn by the largest concept's size meets no prompt of the same one.
     turned = order[most:] + order[:most]
     rows = torch.empty(len(names), dtype=torch.long)
     rows[order] = torch.tensor(turned)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .errors import BitsError
-from .layers import layer_of
-from .metrics import MacCounts, call_bitops
+from .layers import OPERAND_KIND, kind_of, layer_of
+from .metrics import KEPT_BY_PAPER, MacCounts, call_bitops
 from .q2b import Q2B
 from .recipe import FULL_PRECISION, Budget
 
@@ -62,13 +62,20 @@ class LinearCost:
             counts: MACs of one call.
             weight_bits: by layer.
             base_bits: width of every activation quantizer that a plan leaves alone.
-            layers: K names, all of kinds whose bits the profile counts.
+            layers: K names; the bits of kinds that the profile does not count cost nothing.
             calls: the timestep of each call of the denoiser.
         """
         of_timestep = Counter(calls)
 
+        # Profile `paper` counts no products of attention, and holds some kinds at 32 bits.
+        free = (*KEPT_BY_PAPER, OPERAND_KIND)
         one = torch.tensor(
-            [counts.of(name) * weight_bits.get(layer_of(name), FULL_PRECISION) for name in layers],
+            [
+                0.0
+                if kind_of(name) in free
+                else counts.of(name) * weight_bits.get(layer_of(name), FULL_PRECISION)
+                for name in layers
+            ],
             dtype=torch.float64,
         ) / (FULL_PRECISION**2 * 1e12)
         untouched = {**base_bits, **dict.fromkeys(layers, FULL_PRECISION)}

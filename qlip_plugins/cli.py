@@ -346,7 +346,7 @@ def _add_train_t2q(t2q: argparse.ArgumentParser) -> None:
     held.add_argument(
         "--split-by",
         metavar="TAG",
-        help="hold out a share of this tag's values (default concept; without that tag, of the prompts)",
+        help="hold out a share of this tag's values (default concept; of the prompts, where there are no tags)",
     )
     t2q.add_argument(
         "--held-share", type=_share, default=0.25, help="of the values of --split-by (default 0.25)"

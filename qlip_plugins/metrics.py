@@ -24,7 +24,7 @@ Profile = Literal["paper", "full"]
 Widths = Callable[[str, float], float]
 """The width of a layer by its name, given the width to assume where it has none."""
 
-_KEPT_BY_PAPER = ("shortcut", "downsample")
+KEPT_BY_PAPER = ("shortcut", "downsample")
 """Kinds that the `paper` profile counts at 32 x 32 bits, whatever quantizes them."""
 
 _LAYER_NORM_OPERATIONS = 4
@@ -196,7 +196,7 @@ def call_bitops(counts: MacCounts, weight_bits: Widths, activation_bits: Widths,
         raise BitsError(f"no BitOPs profile {profile!r}, expected one of {', '.join(get_args(Profile))}")
     total = _FULL_COST * counts.norms
     for name, macs in counts.layers.items():
-        if profile == "paper" and kind_of(name) in _KEPT_BY_PAPER:
+        if profile == "paper" and kind_of(name) in KEPT_BY_PAPER:
             total += _FULL_COST * macs
         else:
             total += macs * weight_bits(name, FULL_PRECISION) * _input_bits(counts, name, activation_bits)

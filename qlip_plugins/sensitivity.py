@@ -79,7 +79,8 @@ class Sensitivity:
         absent = [width for width in menu if width != FULL_PRECISION and width not in self.widths]
         if absent:
             raise IncompatibleModelError(
-                f"the sensitivities are of {', '.join(map(str, self.widths))} bits, {absent[0]} was not measured"
+                f"the sensitivities are of {', '.join(map(str, self.widths))} bits, {absent[0]} was not measured: "
+                f"measure them with `qlip-plugins sensitivity --widths {' '.join(map(str, menu))}`"
             )
         none = torch.zeros(self.errors.shape[:3], dtype=torch.float64)
         columns = [
@@ -277,6 +278,8 @@ def sensitivity(what: SensitivityRequest) -> dict[str, Any]:
         **identity_of(pipe, what.recipe.model, what.prompts),
         "base": state.fingerprint,
         "ranges": ranges.only(widths).digest(),
+        "backend": what.recipe.backend,
+        "attention": what.recipe.attention,
         "widths": widths,
         "batch": what.batch,
         "settings": asdict(replace(what.settings, device=torch.device(what.settings.device).type)),
@@ -363,11 +366,17 @@ def log_prices(errors: Tensor, cost: LinearCost, menu: Sequence[int]) -> tuple[T
     low, medium, high = errors.unbind(-1)
     rises = [width * cost.per_bit for width in (menu[1] - menu[0], menu[2] - menu[1], menu[2] - menu[0])]
     first, second, both = (
-        ((worse - better) / rise).clamp(min=0)
+        _price(worse - better, rise)
         for worse, better, rise in zip((low, medium, low), (medium, high, high), rises, strict=True)
     )
     at_once = second > first
     return torch.where(at_once, both, first).log(), torch.where(at_once, both, second).log()
+
+
+def _price(gain: Tensor, rise: Tensor) -> Tensor:
+    """What one unit of cost buys; infinite where a gain costs nothing."""
+    free = torch.where(gain > 0, torch.inf, 0.0).to(gain)
+    return torch.where(rise > 0, gain / rise.clamp(min=torch.finfo(gain.dtype).tiny), free).clamp(min=0)
 
 
 def quality_slopes(errors: Tensor, quality: Tensor) -> Tensor:
@@ -436,6 +445,11 @@ def start_q2b(
     if q2b.timesteps != table.timesteps:
         raise IncompatibleModelError(
             f"the sensitivities are of {len(table.timesteps)} timesteps, Q2B has {len(q2b.timesteps)}, or others"
+        )
+    if not bool((cost.per_bit > 0).all()):
+        raise IncompatibleModelError(
+            f"{cost.unit} counts nothing for {int((cost.per_bit == 0).any(0).sum())} of the controlled quantizers "
+            "(such as attention's operands), so no price can decide their widths: give the budget as fab"
         )
     errors = table.of_menu(menu)
     slope = quality_slopes(errors, quality)

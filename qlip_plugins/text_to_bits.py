@@ -81,6 +81,18 @@ class TextToBitsConfig(StrictModel):
         return self
 
 
+@torch.no_grad()
+def judged(t2q: T2Q, embeddings: Tensor) -> Tensor:
+    """The quality `(P,)`, float64, that T2Q predicts of `(P, D)` embeddings.
+
+    Every prompt is judged alone, in float64 on the CPU, and its quality rounded to six decimals, so
+    that it depends neither on the batch around it nor on the order of a sum.
+    """
+    t2q = copy.deepcopy(t2q).cpu().double()
+    alone = [t2q(embedding[None]) for embedding in embeddings.detach().cpu().double()]
+    return torch.cat(alone).mul(1e6).round().div(1e6)
+
+
 class TextToBits(nn.Module):
     """The trained part of QLIP: z -> quality -> bits."""
 
@@ -97,14 +109,8 @@ class TextToBits(nn.Module):
 
     @torch.no_grad()
     def quality(self, embeddings: Tensor) -> Tensor:
-        """The predicted quality `(P,)`, float64, of `(P, D)` embeddings.
-
-        Every prompt is judged alone, in float64 on the CPU, and its quality rounded to six decimals, so
-        that it depends neither on the batch around it nor on the order of a sum.
-        """
-        t2q = copy.deepcopy(self.t2q).double()
-        alone = [t2q(embedding[None]) for embedding in embeddings.detach().cpu().double()]
-        return torch.cat(alone).mul(1e6).round().div(1e6)
+        """The predicted quality `(P,)`, float64, of `(P, D)` embeddings; see `judged`."""
+        return judged(self.t2q, embeddings)
 
     def plan(
         self,

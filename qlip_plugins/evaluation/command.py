@@ -31,7 +31,7 @@ from .bootstrap import clusters_of, mean_interval
 from .distances import FEW, SetDistance, frechet_distance, kernel_distance, label
 from .drawing import draw_grid, draw_pareto
 from .errors import Batch, Judges, Measured, Measuring, Pair, batches, noises_of, paired
-from .naming import Wanted, allocations_of
+from .naming import Wanted, allocations_of, described
 from .protocol import fingerprint_of, flat, protocol_of
 from .run import (
     COSTS,
@@ -270,6 +270,7 @@ class _Evaluation:
     def _facts(self, allocations: Mapping[str, Any]) -> dict[str, Any]:
         what = self.what
         pictures = len(what.prompts.prompts) * what.seeds
+        wanted, overlaps = described(what.wanted, what.prompts.prompts)
         notes = ["BitOPs and FAB are counted from the plan (simulated); no latency is measured"]
         if self.references is not None and pictures < FEW:
             notes.append(
@@ -285,7 +286,8 @@ class _Evaluation:
             "prompts": list(what.prompts.prompts),
             "clusters": list(clusters_of(what.prompts)),
             "settings": asdict(what.settings),
-            "notes": notes,
+            "wanted": {**wanted, "skip": sorted(what.skip)},
+            "notes": [*notes, *overlaps],
             "allocations": allocations,
         }
 

@@ -252,6 +252,7 @@ class Measuring:
         controller.follow(plan if plan.prompts == 1 else _rows_of(plan, rows))
         with _corrected(controller, pair.recipe):
             led, _ = self._sampled(controller.pipe, self._course.samples, "latent")
+            self._check_same_calls(led)
             found = {"error_led": led.error(self._course)}
             own: Course | None = None
             if not {"own", "pictures"} <= set(self._skip):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from ..errors import IncompatibleModelError, RecipeError
 from ..plan import BitPlan
 from ..recipe import Budget, QlipController
 from ..sensitivity import Sensitivity
-from ..text_to_bits import TextToBits
+from ..text_to_bits import TRAINING_NAME, TextToBits
 from .errors import Pair
 from .run import FULL
 
@@ -46,6 +49,32 @@ def title(name: str, budget: Budget | None, number: int) -> str:
     (kind, amount), *_ = budget.model_dump(exclude_none=True, exclude={"per"}).items()
     per = "" if budget.per == "population" else f" per {budget.per}"
     return f"{name}@{kind}={amount:g}{per}"
+
+
+def described(wanted: Wanted, prompts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What was asked for, with the digests of the files it names; and notes on prompts that a part was made from."""
+    notes = []
+    known = set(prompts)
+    facts: dict[str, Any] = {
+        "names": list(wanted.names),
+        "budgets": [budget.model_dump(exclude_none=True) for budget in wanted.budgets],
+        "controllers": {
+            name: TextToBits.from_pretrained(folder).digest()
+            for name, folder in (wanted.controllers or {}).items()
+        },
+        "sensitivity": None,
+    }
+    if wanted.sensitivity is not None:
+        facts["sensitivity"] = hashlib.sha256(wanted.sensitivity.read_bytes()).hexdigest()
+        shared = len(known & set(Sensitivity.load(wanted.sensitivity).prompts))
+        if shared:
+            notes.append(f"{shared} of these prompts are among those that the sensitivities were measured on")
+    for name, folder in (wanted.controllers or {}).items():
+        record = folder / TRAINING_NAME
+        shared = len(known & set(json.loads(record.read_text("utf-8"))["prompts"])) if record.is_file() else 0
+        if shared:
+            notes.append(f"{shared} of these prompts are among those that {name!r} was trained on")
+    return facts, notes
 
 
 def allocations_of(pair: Pair, wanted: Wanted, clusters: Sequence[str]) -> dict[str, BitPlan]:
@@ -90,7 +119,7 @@ class _Maker:
             self._own = TextToBits.from_pretrained(section.path)
         elif wanted.budgets:
             raise RecipeError(
-                f"a budget needs a controller of kind qlip, the recipe's is {section.kind}, with fixed bits"
+                f"--budget: needs a recipe with a controller of kind qlip, this one is {section.kind}, with fixed bits"
             )
         self._others = {}
         for name, folder in (wanted.controllers or {}).items():

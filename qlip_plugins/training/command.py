@@ -23,12 +23,14 @@ from ..evaluation.run import PRIMARY, Run
 from ..files import check_replaceable
 from ..generation import Settings, load_pipeline, placed, sample_encoded
 from ..labels import Labels
+from ..layers import controlled
 from ..prompts import read_prompts
 from ..recipe import Budget, Recipe, StaticController
+from ..schema import nearest
 from ..sensitivity import Sensitivity, start_q2b
 from ..state import CalibratedState
 from ..t2q import T2Q
-from ..text_to_bits import CONFIG_NAME, CURVES_NAME, TRAINING_NAME, TextToBits
+from ..text_to_bits import CONFIG_NAME, CURVES_NAME, TRAINING_NAME, TextToBits, judged
 from ..text_to_bits import FORMAT as CONTROLLER_FORMAT
 from ..text_to_bits import OWNED as CONTROLLER_OWNED
 from ..work import WorkFolder, identity_of
@@ -107,6 +109,10 @@ def train_t2q_for(what: T2QRequest) -> dict[str, Any]:
         QlipError: any; what can be known beforehand is checked before the work.
     """
     check_replaceable(what.out.resolve(), T2Q_FORMAT, CONFIG_NAME, *T2Q_OWNED)
+    try:
+        torch.empty(1, device=what.device)
+    except (RuntimeError, AssertionError) as error:
+        raise HostError(f"device {what.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     pipe = load_pipeline(what.recipe)
     if what.allocation is None:
         labels, digest = Labels.load(what.labels), _file_digest(what.labels)
@@ -115,10 +121,16 @@ def train_t2q_for(what: T2QRequest) -> dict[str, Any]:
         digest = _file_digest(what.labels / "results.safetensors")
     if len(labels.prompts) < 2:
         raise RecipeError(f"{what.labels}: {len(labels.prompts)} prompts, too few to learn from")
+    if labels.tags and what.stop_by not in labels.tags:
+        raise RecipeError(
+            f"--stop-by: the label set has no tag {what.stop_by!r}{nearest(what.stop_by, labels.tags)} (it has: "
+            f"{', '.join(sorted(labels.tags))})"
+        )
     _check_embeddings(labels, pipe, what.recipe)
     train, held = rows_of(what.split, labels)
     identity = {
         "labels": digest,
+        "content": _content(labels),
         "allocation": what.allocation,
         "split": what.split.model_dump(mode="json"),
         "stop_by": what.stop_by,
@@ -157,8 +169,19 @@ def labels_of_run(run: Run, allocation: str, pipe: Any, recipe: Recipe) -> Label
 
     Raises:
         RecipeError: the run has no such allocation, or it makes no error.
+        IncompatibleModelError: it is of another pipeline.
     """
     run.check_has(allocation)
+    ours = identity_of(pipe, recipe.model, run.prompts)
+    theirs = run.facts["protocol"]
+    if (theirs["pipeline"], theirs["prompts"]["precomputed_embeddings"]) != (
+        ours["pipeline"],
+        ours["prompt_embeddings"],
+    ):
+        raise IncompatibleModelError(
+            f"{run.folder}: evaluated with another pipeline or other embeddings than {recipe.model.pipeline}: evaluate "
+            "this one"
+        )
     errors = run.of(allocation)[PRIMARY]
     if not bool((errors > 0).all()):
         raise RecipeError(f"{run.folder}: {allocation!r} makes no error, so there is nothing to predict")
@@ -200,6 +223,14 @@ def _check_embeddings(labels: Labels, pipe: Any, recipe: Recipe) -> None:
             f"the labels' embeddings are not those that {recipe.model.pipeline} gives for the same prompts (length "
             f"{theirs.shape[1]}, here {ours.shape[1]}): make the labels with this pipeline"
         )
+
+
+def _content(labels: Labels) -> str:
+    """SHA-256 of what is learnt from, wherever it came from."""
+    found = hashlib.sha256(json.dumps([labels.prompts, dict(labels.tags)], sort_keys=True).encode())
+    for tensor in (labels.embeddings, labels.scores):
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _file_digest(path: Path) -> str:
@@ -262,6 +293,7 @@ def train_q2b_for(what: Q2BRequest) -> dict[str, Any]:
     identity = {
         **identity_of(pipe, what.recipe.model, texts),
         "base": state.fingerprint,
+        "backend": what.recipe.backend,
         "ranges": load_ranges(what.recipe.ranges, state).digest(),
         "start": controller.digest(),
         "training": asdict(what.training),
@@ -272,7 +304,7 @@ def train_q2b_for(what: Q2BRequest) -> dict[str, Any]:
         log = train_on_base(pipe, what.recipe, state, controller, prompts, what.settings, what.training, work)
     except ValueError as error:
         raise RecipeError(f"training Q2B: {error}") from None
-    facts = _facts(what, trained, texts, log)
+    facts = _facts(what, trained, controller, texts, log)
     record = {TRAINING_NAME: (json.dumps(facts, indent=1) + "\n").encode()}
     if log:
         record[CURVES_NAME] = curves(log)
@@ -288,8 +320,24 @@ def _check_request(what: Q2BRequest) -> None:
         raise RecipeError(
             "--start sensitivity, --sensitivity FILE and --budget belong together: give all, or none"
         )
+    if what.budget is not None and what.budget.per != "population":
+        raise RecipeError(
+            f"--budget ...,per={what.budget.per}: what is solved is the mean over the training prompts"
+        )
     if what.limit < 1:
         raise RecipeError(f"--limit {what.limit}: expected at least one prompt")
+    steps = what.settings.steps
+    if not 1 <= what.group <= steps or not 0 <= what.early <= steps:
+        raise RecipeError(
+            f"--group {what.group}, --early {what.early}: expected 1 to {steps} and 0 to {steps}, the number of steps"
+        )
+    if what.start not in ("medium", "sensitivity"):
+        if not (Path(what.start) / CONFIG_NAME).is_file():
+            raise RecipeError(f"--start {what.start}: expected medium, sensitivity, or a controller's folder")
+        if (what.group, what.early) != (1, 0):
+            raise RecipeError(
+                "--group and --early are those of the controller that --start names: leave them out"
+            )
     if what.training.trajectories:
         _matplotlib()
 
@@ -317,7 +365,7 @@ def _some(items: Sequence[T], count: int) -> list[T]:
 
 @torch.no_grad()
 def _qualities(t2q: T2Q, embeddings: Tensor) -> list[float]:
-    found = t2q(embeddings.float()).double().mul(1e6).round().div(1e6)
+    found = judged(t2q, embeddings)
     return [float(value) for value in found]
 
 
@@ -368,7 +416,7 @@ def _continued(
     folder: Path, what: Q2BRequest, pipe: Any, state: CalibratedState, trained: TrainedT2Q
 ) -> TextToBits:
     controller = TextToBits.from_pretrained(folder)
-    layers = controller.config.layers
+    layers = controlled(state.activations, attention=what.recipe.attention == "controlled")
     controller.check_made_for(state.fingerprint, what.recipe.activation_bits, layers)
     ours = controller.t2q.state_dict()
     theirs = trained.t2q.state_dict()
@@ -412,16 +460,22 @@ def _solve(
 
 
 def _facts(
-    what: Q2BRequest, trained: TrainedT2Q, texts: Sequence[str], log: Sequence[Q2BRecord]
+    what: Q2BRequest,
+    trained: TrainedT2Q,
+    controller: TextToBits,
+    texts: Sequence[str],
+    log: Sequence[Q2BRecord],
 ) -> dict[str, Any]:
     return {
         "t2q": trained.digest(),
         "start": what.start if what.start in ("medium", "sensitivity") else "controller",
         "budget": None if what.budget is None else what.budget.model_dump(exclude_none=True),
+        "sensitivity": None if what.sensitivity is None else _file_digest(what.sensitivity),
+        "base": controller.config.base_fingerprint,
         "training": asdict(what.training),
         "settings": asdict(what.settings),
-        "group": what.group,
-        "early": what.early,
+        "group": controller.config.group,
+        "early": controller.config.early,
         "prompts": list(texts),
         "records": [asdict(record) for record in log],
     }

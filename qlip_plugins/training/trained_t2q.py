@@ -34,7 +34,7 @@ class HeldShare(StrictModel):
     """Hold out a share of the values of a tag, drawn at random.
 
     Args:
-        by: the tag; where a label set lacks it, its prompts stand for its values.
+        by: the tag; in a label set without any tags its prompts stand for its values.
         share: of the values, between 0 and 1.
         seed: of the draw.
     """
@@ -68,7 +68,7 @@ class HeldValue(StrictModel):
         values = _tag(labels, self.tag)
         if self.value not in values:
             raise RecipeError(
-                f"no prompt of the label set has {self.tag}={self.value}{nearest(self.value, set(values))}"
+                f"--held: no prompt of the label set has {self.tag}={self.value}{nearest(self.value, set(values))}"
             )
         return [value == self.value for value in values]
 
@@ -91,7 +91,9 @@ def rows_of(split: Split, labels: Labels) -> tuple[list[int], list[int]]:
 def _tag(labels: Labels, name: str) -> Sequence[str]:
     if name not in labels.tags:
         known = ", ".join(sorted(labels.tags)) or "none"
-        raise RecipeError(f"the label set has no tag {name!r}{nearest(name, labels.tags)} (it has: {known})")
+        raise RecipeError(
+            f"--held or --split-by: the label set has no tag {name!r}{nearest(name, labels.tags)} (it has: {known})"
+        )
     return labels.tags[name]
 
 

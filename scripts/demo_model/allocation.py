@@ -118,7 +118,7 @@ def _as_markdown(tables: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for name, table in tables.items():
         lines += [
-            f"**{name}**: {table['prompts']} prompts of {table['clusters']} unseen concepts, {table['noises']} "
+            f"**{name}**: {table['prompts']} prompts of {table['clusters']} concepts, {table['noises']} "
             f"noise(s) each, on {table['device']}; protocol `{table['fingerprint']}`",
             "",
             "| allocation | BitOPs (T) | FAB | error, led | `recipe` is lower by | `errors` is lower by |",
@@ -138,7 +138,7 @@ def _as_markdown(tables: dict[str, Any]) -> list[str]:
 
 
 def _gain(found: dict[str, float] | None) -> str:
-    if found is None:
+    if found is None or found["low"] is None:
         return "-"
     mean, low, high = (-100 * found[part] for part in ("mean", "high", "low"))
     return f"{mean:.2f} % [{low:.2f}, {high:.2f}]"

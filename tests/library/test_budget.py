@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from qlip_plugins.controller import apply
 from qlip_plugins.errors import BitsError, RecipeError
 from qlip_plugins.generation import Settings, load_pipeline, sample
 from qlip_plugins.q2b import Q2B, choose
-from qlip_plugins.recipe import Budget, Recipe
+from qlip_plugins.recipe import Budget, Recipe, StaticController
 
 MENU = (4, 6, 8)
 STEPS = (900.0, 600.0, 300.0, 1.0)
@@ -185,3 +186,21 @@ def test_a_wrong_budget_is_a_usage_error(
         main(["generate", "demo-qlip-468", "--prompt", "x", "--budget", text, "--out", str(tmp_path / "o")])
     assert stop.value.code == 2
     assert "--budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attention", ["base", "controlled"])
+def test_the_linear_cost_is_the_cost_of_the_report(attention: str) -> None:
+    """Also where attention's operands are steered, whose bits profile `paper` does not count."""
+    recipe = Recipe.load("golden-w4a8-static").model_copy(
+        update={"controller": StaticController(kind="static", bits=16), "attention": attention}
+    )
+    pipe = load_pipeline(recipe)
+    with apply(pipe, recipe) as controller:
+        sample(pipe, recipe, ["row 1"], Settings(steps=3, guidance_scale=2.0))
+        plan = controller.plan
+        assert plan is not None
+        cost = controller.costs().bitops()
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.tensor([8, 16, 32])[torch.randint(3, plan.bits.shape, generator=generator)]
+        (expected,) = controller.costs_of(replace(plan, bits=drawn.to(torch.uint8)))
+    assert float(cost.of(drawn)) == pytest.approx(expected.bitops_paper, rel=1e-9)
