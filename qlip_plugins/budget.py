@@ -238,6 +238,6 @@ def widths_within(
     if not len(population):
         raise BitsError(
             "the controller does not say which qualities its prompts have, so no mean over them can be met: ask for "
-            "`per: prompt` or `per: batch`"
+            "`per: prompt` or `per: batch` (--budget relative=0.8,per=batch)"
         )
     return widths_at(low, high, menu, shift_for(*thresholds(q2b, population, timesteps), menu, cost, target))

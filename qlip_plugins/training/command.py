@@ -142,6 +142,7 @@ def train_t2q_for(what: T2QRequest) -> dict[str, Any]:
     try:
         t2q, report = train_t2q(labels, train, held, what.training, what.stop_by, what.device, work)
     except ValueError as error:
+        work.remove()  # nothing was begun, and other labels may follow
         raise RecipeError(f"{what.labels}: {error}") from None
     first: Any = t2q.layers[0]
     config = TrainedT2QConfig(

@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     with monkeypatch.context() as patched:
         patched.setattr(labelling, "_keep", interrupted)
         assert main(command(inputs, out)) == 130
-    assert "label and evaluate go on where they stopped" in capsys.readouterr().err
+    assert "long work goes on where it stopped" in capsys.readouterr().err
     assert not out.exists()
     assert main(command(inputs, out, "--seed", "1")) == 2
     assert "begun otherwise (settings: " in capsys.readouterr().err
