@@ -146,9 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     correction.add_argument("--method", default="ptqd", help="of correction (default ptqd)")
     correction.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default 8)")
-    correction.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
-    )
+    _add_work(correction)
     _add_sampler(correction)
     correction.set_defaults(run=_fit_correction, dtype="float32", eta=0.0)
 
@@ -242,9 +240,7 @@ def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="write Q-Diffusion's own ckpt.pth into it, too (not with ptqd)",
     )
-    calibrate.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
-    )
+    _add_work(calibrate)
     _add_sampler(calibrate)
     calibrate.set_defaults(run=_calibrate)
 
@@ -286,9 +282,7 @@ def _add_label(verbs: Any, common: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take a metric whose scores of different prompts cannot be compared",
     )
-    label.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
-    )
+    _add_work(label)
     _add_sampler(label)
     label.set_defaults(run=_label, dtype="float32", eta=0.0)
 
@@ -317,9 +311,7 @@ def _add_sensitivity(verbs: Any, common: argparse.ArgumentParser) -> None:
         default=8,
         help="prompts at a time, each once for every width (default 8)",
     )
-    sensitivity.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
-    )
+    _add_work(sensitivity)
     _add_sampler(sensitivity)
     sensitivity.set_defaults(run=_sensitivity, dtype="float32", eta=0.0)
 
@@ -363,7 +355,7 @@ def _add_train_t2q(t2q: argparse.ArgumentParser) -> None:
     t2q.add_argument("--weight-decay", type=_scale, default=0.1, help="(default 0.1)")
     t2q.add_argument("--seed", type=int, default=0, help="of split, start, batches and dropout (default 0)")
     t2q.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
-    t2q.add_argument("--work", type=Path, metavar="FOLDER", help="for its state (default: beside --out)")
+    _add_work(t2q)
     t2q.set_defaults(run=_train_t2q)
 
 
@@ -413,7 +405,7 @@ def _add_train_q2b(q2b: argparse.ArgumentParser) -> None:
         "--group", type=int, default=1, metavar="M", help="steps that share parameters (default 1)"
     )
     q2b.add_argument("--early", type=int, default=0, metavar="M", help="first steps with p_q = 1 (default 0)")
-    q2b.add_argument("--work", type=Path, metavar="FOLDER", help="for its state (default: beside --out)")
+    _add_work(q2b)
     _add_sampler(q2b)
     q2b.set_defaults(run=_train_q2b, dtype="float32", eta=0.0)
 
@@ -480,9 +472,7 @@ def _add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--pictures", type=int, default=8, metavar="N", help="of the first N prompts are kept (default 8)"
     )
     evaluate.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default 16)")
-    evaluate.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
-    )
+    _add_work(evaluate)
     _add_sampler(evaluate)
     evaluate.set_defaults(run=_evaluate, dtype="float32", eta=0.0)
 
@@ -508,6 +498,12 @@ def _add_compare(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     compare.add_argument("--force", action="store_true", help="compare runs of different protocols")
     compare.set_defaults(run=_compare)
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="for what is finished (default: beside --out)"
+    )
 
 
 def _add_budget(parser: argparse.ArgumentParser, **more: Any) -> None:
@@ -734,7 +730,6 @@ def _calibrate(options: argparse.Namespace) -> int:
     from .calibration.settings import CalibrationSettings
     from .generation import Settings
 
-    out = options.out.resolve()
     sampling = Settings(
         steps=options.steps, guidance_scale=options.guidance, seed=options.seed, device=options.device
     )
@@ -757,7 +752,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         settings,
         out=options.out,
         native=options.native,
-        work=options.work or out.with_name(f"{out.name}.work"),
+        work=_work(options),
         say=_say,
     )
     recipe = _recipe_for(result.base, result.model)
@@ -780,7 +775,7 @@ def _fit_correction(options: argparse.Namespace) -> int:
         settings=_settings(options),
         own_plan=options.own_plan,
         batch=options.batch_size,
-        work=options.work or out.with_name(f"{out.name}.work"),
+        work=_work(options),
         out=options.out,
     )
     facts = load_correction(options.method).fit(what, _say)
@@ -802,7 +797,6 @@ def _label(options: argparse.Namespace) -> int:
     prompts.check_distinct(options.prompts)
     from .labelling import LabelRequest, label
 
-    out = options.out.resolve()
     what = LabelRequest(
         recipe=recipe,
         prompts=prompts,
@@ -810,7 +804,7 @@ def _label(options: argparse.Namespace) -> int:
         options=parse_options(options.set),
         settings=_settings(options),
         out=options.out,
-        work=options.work or out.with_name(f"{out.name}.work"),
+        work=_work(options),
         seeds=options.seeds,
         batch=options.batch_size,
         pooling=options.pooling,
@@ -947,7 +941,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         if not equals or not folder:
             raise RecipeError(f"--controller {text}: expected NAME=FOLDER")
     from .evaluation.command import EvaluationRequest, as_text, evaluate
-    from .evaluation.naming import Wanted
+    from .evaluation.wanted import Wanted
 
     what = EvaluationRequest(
         recipe=recipe,

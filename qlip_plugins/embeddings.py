@@ -141,6 +141,24 @@ class EncodedPrompts:
         return cls(tuple(prompts), states, empty, embeddings, pooling)
 
 
+def encode(pipe: Any, table: Path | None, prompts: Sequence[str], pooling: Pooling = "eos") -> EncodedPrompts:
+    """Prompts as a recipe's model sees them: of its table of embeddings, or of its text encoder without one.
+
+    Args:
+        pipe: of the model.
+        table: the recipe's `model.prompt_embeddings`.
+        prompts: any texts, those of the table where there is one.
+        pooling: how z comes from a text encoder's states; a table always gives the mean over tokens.
+
+    Raises:
+        RecipeError: the table lacks a prompt.
+        IncompatibleModelError: as of `EncodedPrompts.from_pipeline`.
+    """
+    if table is not None:
+        return EncodedPrompts.from_table(PromptEmbeddings.load(table), prompts)
+    return EncodedPrompts.from_pipeline(pipe, prompts, pooling)
+
+
 class EmbeddingSource(Protocol):
     """Gives z of the prompts that a denoiser is about to be conditioned on."""
 

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class Settings:
     device: str = "cpu"
     dtype: str = "float32"
     eta: float = 0.0
+
+    def unnumbered(self) -> Settings:
+        """The same on a device without its number, which must not tell results apart."""
+        return replace(self, device=torch.device(self.device).type)
 
 
 def load_pipeline(recipe: Recipe) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -80,11 +79,6 @@ def features_of(features: ImageFeatures, pictures: PictureFolder, batch: int = 6
     """
     batches = progress(pictures.batches(batch), f"pictures of {pictures.path.name}")
     return torch.cat([features(images).float().cpu() for images in batches])
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file of weights."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .adapter import load_quality_metric
 from .artefacts import read_tensors, write_tensors
-from .embeddings import EncodedPrompts, Pooling, PromptEmbeddings
+from .embeddings import EncodedPrompts, Pooling, encode
 from .errors import ArtefactError, IncompatibleModelError, RecipeError
 from .generation import Settings, load_pipeline, noise_seeds, placed
 from .labels import Labels
@@ -77,11 +77,10 @@ def label(what: LabelRequest, say: Callable[[str], None]) -> dict[str, Any] | No
     _check(what)
     with launched(what.settings.device) as processes:
         pipe = _pipeline(what, processes.device)
-        prompts = _encoded(pipe, what)
+        table = what.recipe.model.prompt_embeddings
+        prompts = encode(pipe, table, what.prompts.prompts, what.pooling or "eos")
         score = open_quality(what.metric, what.options, pipe, what.prompts, processes.device)
-        # In one launch GPUs have numbers, which must not tell results apart.
-        settings = replace(what.settings, device=torch.device(what.settings.device).type)
-        labelling = Labelling(pipe, prompts, score, settings, what.seeds, what.batch)
+        labelling = Labelling(pipe, prompts, score, what.settings.unnumbered(), what.seeds, what.batch)
         folder = _work_folder(what, labelling, processes)
         _share(labelling, folder, processes, say)
         if not processes.main:
@@ -123,13 +122,6 @@ def _pipeline(what: LabelRequest, device: str) -> Any:
             f"{what.recipe.model.pipeline}: {type(pipe).__name__} has no decoder, and a metric judges pictures"
         )
     return placed(pipe, replace(what.settings, device=device))
-
-
-def _encoded(pipe: Any, what: LabelRequest) -> EncodedPrompts:
-    table = what.recipe.model.prompt_embeddings
-    if table is not None:
-        return EncodedPrompts.from_table(PromptEmbeddings.load(table), what.prompts.prompts)
-    return EncodedPrompts.from_pipeline(pipe, what.prompts.prompts, what.pooling or "eos")
 
 
 def _work_folder(what: LabelRequest, labelling: Labelling, processes: Processes) -> WorkFolder:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import ArtefactError
+from .files import file_digest
 
 METADATA_NAME = "metadata.jsonl"
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -65,7 +66,7 @@ class PictureFolder:
         """SHA-256 over the names and contents of the pictures; the metadata are not in it."""
         found = hashlib.sha256()
         for name in self.names:
-            content = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+            content = file_digest(self.path / name)
             found.update(f"{content}  {name}\n".encode())
         return found.hexdigest()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from .adapter import load_backend
 from .artefacts import read_tensors, write_tensors
 from .budget import LinearCost, shift_for
 from .controller import BitController, TablePlanner, load_base, load_ranges
-from .embeddings import EncodedPrompts, PromptEmbeddings
+from .embeddings import EncodedPrompts, encode
 from .errors import ArtefactError, IncompatibleModelError, RecipeError
 from .generation import Settings, load_pipeline, noise_seeds, placed, sample_encoded
 from .grids import Ranges
@@ -268,12 +268,7 @@ def sensitivity(what: SensitivityRequest) -> dict[str, Any]:
     pipe = placed(load_pipeline(what.recipe), what.settings)
     state = load_base(what.recipe, pipe.unet)
     ranges = load_ranges(what.recipe.ranges, state)
-    table = what.recipe.model.prompt_embeddings
-    prompts = (
-        EncodedPrompts.from_pipeline(pipe, what.prompts, "eos")
-        if table is None
-        else EncodedPrompts.from_table(PromptEmbeddings.load(table), what.prompts)
-    )
+    prompts = encode(pipe, what.recipe.model.prompt_embeddings, what.prompts)
     identity = {
         **identity_of(pipe, what.recipe.model, what.prompts),
         "base": state.fingerprint,
@@ -282,7 +277,7 @@ def sensitivity(what: SensitivityRequest) -> dict[str, Any]:
         "attention": what.recipe.attention,
         "widths": widths,
         "batch": what.batch,
-        "settings": asdict(replace(what.settings, device=torch.device(what.settings.device).type)),
+        "settings": asdict(what.settings.unnumbered()),
     }
     work = WorkFolder(what.work, "sensitivity table", SENSITIVITY_VERSION, identity)
     found = measure_sensitivity(pipe, what.recipe, prompts, what.settings, widths, what.batch, work)

@@ -15,7 +15,7 @@ import torch
 
 from .artefacts import versions
 from .errors import ArtefactError, RecipeError
-from .files import written_whole
+from .files import file_digest, written_whole
 from .recipe import ModelSection
 
 _IDENTITY = "work.json"
@@ -102,6 +102,6 @@ def identity_of(pipe: Any, model: ModelSection, prompts: Sequence[str]) -> dict[
     return {
         "pipeline": digest.hexdigest(),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-        "prompt_embeddings": table and hashlib.sha256(table.read_bytes()).hexdigest(),
+        "prompt_embeddings": table and file_digest(table),
         "versions": versions(),
     }

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qlip_plugins.errors import HostError
-from qlip_plugins.image_features import file_digest, load_weights
+from qlip_plugins.files import file_digest
+from qlip_plugins.image_features import load_weights
 
 NAME = "efficientnet-lite0"
 _SIDE = 224

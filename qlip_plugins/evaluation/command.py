@@ -20,6 +20,7 @@ from ..generation import Settings, load_pipeline, placed
 from ..image_features import open_features
 from ..pictures import PictureFolder
 from ..plan import BitPlan
+from ..plotting import new_figure
 from ..processes import Processes, launched
 from ..progress import counted, progress
 from ..prompts import PromptSet
@@ -31,7 +32,6 @@ from .bootstrap import clusters_of, mean_interval
 from .distances import FEW, SetDistance, frechet_distance, kernel_distance, label
 from .drawing import draw_grid, draw_pareto
 from .errors import Batch, Judges, Measured, Measuring, Pair, batches, noises_of, paired
-from .naming import Wanted, allocations_of, described
 from .protocol import fingerprint_of, flat, protocol_of
 from .run import (
     COSTS,
@@ -45,6 +45,7 @@ from .run import (
     in_order,
     picture_name,
 )
+from .wanted import Wanted, allocations_of, described
 
 WORK = "evaluation"
 DEFAULT_ALLOCATIONS = ("base", "recipe")
@@ -133,6 +134,8 @@ def _check(what: EvaluationRequest) -> None:
             )
     for name, options in what.metrics.items():
         metric_config(name, options)
+    if len(what.wanted.names) > 1:
+        new_figure("pareto.png", 1, 1)  # before the work, in case it cannot be drawn
     check_replaceable(what.out.resolve(), RUN_FORMAT, RUN_NAME, *OWNED)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import EVALUATION_HINT, HostError
+from ..plotting import new_figure
 from .run import FULL, PRIMARY, file_name, picture_name
 
 _COSTS = {"bitops_paper": "BitOPs (T, profile paper, simulated)", "fab": "FAB (bits)"}
@@ -33,14 +33,7 @@ def draw_pareto(facts: Mapping[str, Any], path: Path) -> None:
     points = {name: found["figures"] for name, found in facts["allocations"].items() if name != FULL}
     if len(points) < 2:
         return
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise HostError(f"pareto.png needs matplotlib ({error}): {EVALUATION_HINT}") from None
-    height = max(4.8, 2.2 + 0.26 * len(points))
-    figure = Figure(figsize=(13, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure("pareto.png", 13, max(4.8, 2.2 + 0.26 * len(points)))
     for axes, (cost, label) in zip(figure.subplots(1, len(_COSTS)), _COSTS.items(), strict=True):
         _draw_costs(axes, {name: found for name, found in points.items() if cost in found}, cost)
         axes.set_xlabel(label)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..adapter import load_correction
 from ..controller import BitController, apply_base, check_ranges, load_base
-from ..embeddings import EncodedPrompts, PromptEmbeddings
+from ..embeddings import EncodedPrompts, encode
 from ..errors import IncompatibleModelError
 from ..generation import Settings, noise_seeds, sample_encoded
 from ..image_features import ImageFeatures
@@ -138,18 +138,11 @@ def paired(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings
     plain = recipe.model_copy(update={"correction": None})
     # Before the prompts are encoded: the planner recognises what the text encoder gives from then on.
     with apply_base(student, plain, state) as controller:
-        encoded = _encoded(pipe, recipe, prompts)
+        encoded = encode(pipe, recipe.model.prompt_embeddings, prompts)
         # One generation: plans and costs depend on the calls that are made.
         sample_encoded(student, encoded.only([0]), settings, [0], "latent")
         plan = controller.plan_for(encoded.states)
         yield Pair(pipe, recipe, controller, encoded, settings, plan)
-
-
-def _encoded(pipe: Any, recipe: Recipe, prompts: Sequence[str]) -> EncodedPrompts:
-    table = recipe.model.prompt_embeddings
-    if table is not None:
-        return EncodedPrompts.from_table(PromptEmbeddings.load(table), prompts)
-    return EncodedPrompts.from_pipeline(pipe, prompts, "eos")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import io
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from ..artefacts import versions
 from ..budget import resolved
 from ..controller import apply_base, load_base, load_ranges
-from ..embeddings import EncodedPrompts, Pooling, PromptEmbeddings
-from ..errors import HostError, IncompatibleModelError, RecipeError
+from ..embeddings import EncodedPrompts, Pooling, encode
+from ..errors import IncompatibleModelError, RecipeError
 from ..evaluation.run import PRIMARY, Run
-from ..files import check_replaceable
+from ..files import check_replaceable, file_digest
 from ..generation import Settings, load_pipeline, placed, sample_encoded
 from ..labels import Labels
 from ..layers import controlled
+from ..plotting import new_figure
 from ..prompts import read_prompts
 from ..recipe import Budget, Recipe, StaticController
 from ..schema import nearest
@@ -46,6 +47,7 @@ _VERSION = 1
 _CHECKED_PROMPTS = 3
 _LEAST_COSINE = 0.999
 _POPULATION = 512
+_CURVES = "curves.png of a training"
 
 T = TypeVar("T")
 
@@ -109,16 +111,12 @@ def train_t2q_for(what: T2QRequest) -> dict[str, Any]:
         QlipError: any; what can be known beforehand is checked before the work.
     """
     check_replaceable(what.out.resolve(), T2Q_FORMAT, CONFIG_NAME, *T2Q_OWNED)
-    try:
-        torch.empty(1, device=what.device)
-    except (RuntimeError, AssertionError) as error:
-        raise HostError(f"device {what.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    pipe = load_pipeline(what.recipe)
+    pipe = placed(load_pipeline(what.recipe), Settings(device=what.device))
     if what.allocation is None:
-        labels, digest = Labels.load(what.labels), _file_digest(what.labels)
+        labels, digest = Labels.load(what.labels), file_digest(what.labels)
     else:
         labels = labels_of_run(Run.load(what.labels), what.allocation, pipe, what.recipe)
-        digest = _file_digest(what.labels / "results.safetensors")
+        digest = file_digest(what.labels / "results.safetensors")
     if len(labels.prompts) < 2:
         raise RecipeError(f"{what.labels}: {len(labels.prompts)} prompts, too few to learn from")
     if labels.tags and what.stop_by not in labels.tags:
@@ -186,7 +184,7 @@ def labels_of_run(run: Run, allocation: str, pipe: Any, recipe: Recipe) -> Label
     errors = run.of(allocation)[PRIMARY]
     if not bool((errors > 0).all()):
         raise RecipeError(f"{run.folder}: {allocation!r} makes no error, so there is nothing to predict")
-    prompts = _encoded(pipe, recipe, run.prompts, None)
+    prompts = encode(pipe, recipe.model.prompt_embeddings, run.prompts)
     facts = {
         "metric": f"-ln {PRIMARY}",
         "allocation": allocation,
@@ -205,19 +203,13 @@ def _pooling(labels: Labels) -> Pooling:
     return "eos" if found == "eos" else "mean"
 
 
-def _encoded(pipe: Any, recipe: Recipe, prompts: Sequence[str], pooling: Pooling | None) -> EncodedPrompts:
-    table = recipe.model.prompt_embeddings
-    if table is not None:
-        return EncodedPrompts.from_table(PromptEmbeddings.load(table), prompts)
-    return EncodedPrompts.from_pipeline(pipe, prompts, pooling or "eos")
-
-
 def _check_embeddings(labels: Labels, pipe: Any, recipe: Recipe) -> None:
     """A label set of another text encoder would train well, and then judge other vectors."""
     rows = sorted(
         random.Random(0).sample(range(len(labels.prompts)), min(_CHECKED_PROMPTS, len(labels.prompts)))
     )
-    ours = _encoded(pipe, recipe, [labels.prompts[row] for row in rows], _pooling(labels)).embeddings
+    asked = [labels.prompts[row] for row in rows]
+    ours = encode(pipe, recipe.model.prompt_embeddings, asked, _pooling(labels)).embeddings
     theirs = labels.embeddings[rows]
     if ours.shape != theirs.shape or float(torch.cosine_similarity(ours, theirs).min()) < _LEAST_COSINE:
         raise IncompatibleModelError(
@@ -232,10 +224,6 @@ def _content(labels: Labels) -> str:
     for tensor in (labels.embeddings, labels.scores):
         found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -288,7 +276,7 @@ def train_q2b_for(what: Q2BRequest) -> dict[str, Any]:
     trained = TrainedT2Q.from_pretrained(what.t2q)
     texts, population = _texts(what, trained)
     pipe = placed(load_pipeline(what.recipe), what.settings)
-    prompts = _encoded(pipe, what.recipe, texts, trained.config.pooling)
+    prompts = encode(pipe, what.recipe.model.prompt_embeddings, texts, trained.config.pooling)
     state = load_base(what.recipe, pipe.unet)
     controller = _started(what, pipe, state, trained, prompts, population)
     identity = {
@@ -298,12 +286,13 @@ def train_q2b_for(what: Q2BRequest) -> dict[str, Any]:
         "ranges": load_ranges(what.recipe.ranges, state).digest(),
         "start": controller.digest(),
         "training": asdict(what.training),
-        "settings": asdict(replace(what.settings, device=torch.device(what.settings.device).type)),
+        "settings": asdict(what.settings.unnumbered()),
     }
     work = WorkFolder(what.work, _Q2B_WORK, _VERSION, identity)
     try:
         log = train_on_base(pipe, what.recipe, state, controller, prompts, what.settings, what.training, work)
     except ValueError as error:
+        work.remove()  # nothing was begun
         raise RecipeError(f"training Q2B: {error}") from None
     facts = _facts(what, trained, controller, texts, log)
     record = {TRAINING_NAME: (json.dumps(facts, indent=1) + "\n").encode()}
@@ -340,14 +329,14 @@ def _check_request(what: Q2BRequest) -> None:
                 "--group and --early are those of the controller that --start names: leave them out"
             )
     if what.training.trajectories:
-        _matplotlib()
+        new_figure(_CURVES, 1, 1)  # before the work, in case it cannot be drawn
 
 
 def _texts(what: Q2BRequest, trained: TrainedT2Q) -> tuple[list[str], list[float]]:
     """The prompts to train on; and predicted qualities that stand for all."""
     if what.prompts_file.suffix == ".safetensors":
         labels = Labels.load(what.prompts_file)
-        if _file_digest(what.prompts_file) != trained.config.labels_digest:
+        if file_digest(what.prompts_file) != trained.config.labels_digest:
             raise IncompatibleModelError(
                 f"{what.prompts_file}: not the label set that {what.t2q} was trained on, so which of its prompts were "
                 "held out is unknown: give that one, or a file of prompts"
@@ -446,11 +435,10 @@ def _solve(
     assert what.budget is not None
     table, menu = Sensitivity.load(what.sensitivity), controller.config.menu.widths
     table.check_made_for(state, load_ranges(what.recipe.ranges, state), controller.config.layers)
-    measured = _encoded(pipe, what.recipe, table.prompts, trained.config.pooling)
+    measured = encode(pipe, what.recipe.model.prompt_embeddings, table.prompts, trained.config.pooling)
     quality = torch.tensor(_qualities(trained.t2q, measured.embeddings), dtype=torch.float64)
-    base = what.recipe.model_copy(
-        update={"controller": StaticController(kind="static", bits="base"), "correction": None}
-    )
+    static = StaticController(kind="static", bits="base")
+    base = what.recipe.model_copy(update={"controller": static, "correction": None})
     with apply_base(pipe, base, state) as running:
         sample_encoded(pipe, prompts.only([0]), what.settings, [0], "latent")
         cost, target = resolved(
@@ -471,7 +459,7 @@ def _facts(
         "t2q": trained.digest(),
         "start": what.start if what.start in ("medium", "sensitivity") else "controller",
         "budget": None if what.budget is None else what.budget.model_dump(exclude_none=True),
-        "sensitivity": None if what.sensitivity is None else _file_digest(what.sensitivity),
+        "sensitivity": None if what.sensitivity is None else file_digest(what.sensitivity),
         "base": controller.config.base_fingerprint,
         "training": asdict(what.training),
         "settings": asdict(what.settings),
@@ -482,21 +470,9 @@ def _facts(
     }
 
 
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise HostError(
-            "curves are drawn with matplotlib, which is not installed: pip install 'qlip-plugins[evaluation]'"
-        ) from None
-    matplotlib.use("Agg")
-    return Figure
-
-
 def curves(log: Sequence[Q2BRecord]) -> bytes:
     """Error, FAB and loss against the trajectory, drawn, as PNG."""
-    figure = _matplotlib()(figsize=(9, 3), layout="constrained")
+    figure = new_figure(_CURVES, 9, 3)
     titles = {"mse": "relative error", "fab": "FAB", "loss": "loss"}
     for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         axes.plot([record.trajectory for record in log], [getattr(record, name) for record in log], lw=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlip_plugins.errors import IncompatibleModelError, RecipeError
-from qlip_plugins.image_features import file_digest
+from qlip_plugins.files import file_digest
 
 from . import FOLDER
 

@@ -5,6 +5,8 @@
     python scripts/demo_model/allocation.py ladder LABELS NAME=FOLDER... # bits by caption level
     python scripts/demo_model/allocation.py predicted LABELS T2Q         # quality against predicted quality
     python scripts/demo_model/allocation.py maps RUN                     # bit maps of two prompts
+    python scripts/demo_model/allocation.py spread RUN SENSITIVITY NAME=FOLDER...  # what differs by how much
+    python scripts/demo_model/allocation.py pictures RUN                 # the table of a run that judged pictures
 
 A RUN is a folder of `qlip-plugins evaluate`. Each step writes its numbers as JSON or CSV, and its figure, into
 docs/allocation; docs/allocation.md names the commands that made the runs.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +27,15 @@ import torch
 from torch import Tensor
 
 from make_qlip import write_json
+from qlip_plugins.allocations import static_width
 from qlip_plugins.embeddings import EncodedPrompts
 from qlip_plugins.evaluation.bootstrap import mean_interval
 from qlip_plugins.evaluation.run import FULL, PRIMARY, Run
 from qlip_plugins.generation import load_pipeline
-from qlip_plugins.labels import Labels, rank_normalise, spearman
+from qlip_plugins.labels import Labels, pearson, rank_normalise, spearman
 from qlip_plugins.plan import BitPlan
 from qlip_plugins.recipe import Recipe
+from qlip_plugins.sensitivity import Sensitivity
 from qlip_plugins.text_to_bits import TextToBits
 from qlip_plugins.training import TrainedT2Q, rows_of
 
@@ -180,7 +185,7 @@ def premise(options: argparse.Namespace) -> None:
     rows = [place[prompt] for prompt in run.prompts]
     quality = rank_normalise(labels.scores[rows, 0])
     clusters = run.facts["clusters"]
-    widths = [name for name in run.facts["allocations"] if name[0] == "A" and name[1:].isdecimal()]
+    widths = _widths(run)
     bins = (quality * BINS).long().clamp(max=BINS - 1)
     found: dict[str, Any] = {"prompts": len(rows), "fingerprint": run.fingerprint, "widths": {}}
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
@@ -218,6 +223,11 @@ def premise(options: argparse.Namespace) -> None:
             f"{name}: SROCC {entry['srocc_with_quality']:.3f}, deviation of ln error "
             f"{entry['deviation_of_ln_error']:.3f}; by fifth of quality {shown}"
         )
+
+
+def _widths(run: Run) -> list[str]:
+    """The static widths among a run's allocations."""
+    return [name for name in run.facts["allocations"] if static_width(name) is not None]
 
 
 def ladder(options: argparse.Namespace) -> None:
@@ -342,23 +352,76 @@ def maps(options: argparse.Namespace) -> None:
         print(name, prompts[row], fab[row])
 
 
+def spread(options: argparse.Namespace) -> None:
+    """How far sensitivities differ, what each controller's prediction says of errors, and its mean slope."""
+    run, errors = Run.load(options.run), Sensitivity.load(options.sensitivity).errors.double().mean(0)
+    least, most = (float(errors[..., 0].quantile(share)) for share in (0.05, 0.95))
+    found: dict[str, Any] = {
+        "sensitivity_at_lowest_width": {"percentile_5": least, "percentile_95": most, "ratio": most / least},
+        "controllers": {},
+    }
+    pipe = load_pipeline(Recipe.load("demo-w4a8"))
+    embeddings = EncodedPrompts.from_pipeline(pipe, run.prompts, "eos").embeddings
+    for text in options.controllers:
+        name, _, folder = text.partition("=")
+        controller = TextToBits.from_pretrained(folder)
+        quality = controller.quality(embeddings)
+        found["controllers"][name] = {
+            "mean_slope": float(controller.q2b.slope.mean()),
+            "srocc_with_error": {
+                width: spearman(quality, run.of(width)[PRIMARY].double().mean(1)) for width in _widths(run)
+            },
+        }
+    own, given = (run.of(name)["fab"].double() for name in ("recipe", "shuffled"))
+    found["correlation_of_fab_with_that_of_shuffled"] = pearson(own, given)
+    write_json(OUT / "spread.json", found)
+    print(json.dumps(found, indent=1))
+
+
+def pictures(options: argparse.Namespace) -> None:
+    """Costs, errors, distances and scores of a run, without the paths of the machine that made it."""
+    facts = Run.load(options.run).facts
+    kept = {
+        key: facts[key] for key in ("fingerprint", "protocol", "settings", "notes", "prompts", "allocations")
+    }
+    write_json(OUT / f"{options.run.name}.json", kept)
+    shown = {name: {**found["figures"], **found["sets"]} for name, found in facts["allocations"].items()}
+    columns = list(dict.fromkeys(key for found in shown.values() for key in found))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [
+        f"| {name} | {' | '.join(_with_interval(found.get(key)) for key in columns)} |"
+        for name, found in shown.items()
+    ]
+    (OUT / f"{options.run.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def _with_interval(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    middle, low, high = found.get("mean", found.get("value")), found["low"], found["high"]
+    return f"{middle:.4g}" if low is None or low == high else f"{middle:.4g} [{low:.4g}, {high:.4g}]"
+
+
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     steps = parser.add_subparsers(required=True)
-    for step in (fair, premise, ladder, predicted, maps):
+    for step in (fair, premise, ladder, predicted, maps, spread, pictures):
         one = steps.add_parser(step.__name__)
         one.set_defaults(run_step=step)
         if step is fair:
             one.add_argument("runs", type=Path, nargs="+")
             one.add_argument("--name", default="fair")
-        if step in (premise, maps):
+        if step in (premise, maps, spread, pictures):
             one.add_argument("run", type=Path)
         if step in (premise, ladder, predicted):
             one.add_argument("labels", type=Path)
-        if step is ladder:
+        if step is spread:
+            one.add_argument("sensitivity", type=Path)
+        if step in (ladder, spread):
             one.add_argument("controllers", nargs="+", metavar="NAME=FOLDER")
         if step is predicted:
             one.add_argument("t2q", type=Path)

@@ -1,6 +1,7 @@
 r"""From the trained demo pipeline to its QLIP: prompts, labels, T2Q, ranges, Q2B.
 
     python scripts/demo_model/make_qlip.py prompts build/demo build/qlip
+    python scripts/demo_model/make_qlip.py samples build/qlip
     python scripts/demo_model/make_qlip.py references build/demo build/qlip
     qlip-plugins label demo-w4a8 --prompts build/qlip/label_prompts.jsonl --metric knn-giqa --set features=demo \
         --set references=build/qlip/references --set standardise=true --guidance 3 --seed 1 --batch-size 64 \
@@ -82,6 +83,35 @@ def _choose(chosen: dict[str, dict[str, str]], fact: dict[str, Any], family: str
         chosen.setdefault(text, tags | {key: fact[key] for key in ("style", "group", "subgroup")})
 
 
+def _shuffled_rows(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    order = list(rows)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def samples(options: argparse.Namespace) -> None:
+    """Prompts of docs/allocation.md, drawn from the label prompts: of training, and a few of each held-out concept."""
+    lines = (options.out / "label_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    train, held = ([row for row in rows if row["split"] == split] for split in ("train", "held"))
+    by_concept: dict[str, list[dict[str, Any]]] = {}
+    for row in _shuffled_rows(held, 6):
+        by_concept.setdefault(row["concept"], []).append(row)
+    firsts = [by_concept[concept][0] for concept in sorted(by_concept)]
+    few = _shuffled_rows(firsts, 4)
+    chosen = {
+        "train96": _shuffled_rows(train, 11)[:96],
+        "train2000": _shuffled_rows(train, 5)[:2000],
+        "held716": [row for concept in sorted(by_concept) for row in by_concept[concept][:2]],
+        "held50": few[:50],
+        "held32": few[50:82],
+        "held24": few[:24],
+    }
+    for name, found in chosen.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        (options.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
 def references(options: argparse.Namespace) -> None:
     """The training pictures as a folder, each with the concept that it shows."""
     content, offsets = stored_pictures(options.data)
@@ -155,7 +185,7 @@ def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser()
     steps = parser.add_subparsers(required=True)
-    for step in (prompts, references, ranges):
+    for step in (prompts, samples, references, ranges):
         one = steps.add_parser(step.__name__)
         one.set_defaults(run=step)
         if step in (prompts, references):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..allocations import CONTROLS, Situation, made, static_width
 from ..embeddings import MeanOfStates
 from ..errors import IncompatibleModelError, RecipeError
+from ..files import file_digest
 from ..plan import BitPlan
 from ..recipe import Budget, QlipController
 from ..sensitivity import Sensitivity
@@ -65,7 +65,7 @@ def described(wanted: Wanted, prompts: Sequence[str]) -> tuple[dict[str, Any], l
         "sensitivity": None,
     }
     if wanted.sensitivity is not None:
-        facts["sensitivity"] = hashlib.sha256(wanted.sensitivity.read_bytes()).hexdigest()
+        facts["sensitivity"] = file_digest(wanted.sensitivity)
         shared = len(known & set(Sensitivity.load(wanted.sensitivity).prompts))
         if shared:
             notes.append(f"{shared} of these prompts are among those that the sensitivities were measured on")
@@ -112,6 +112,7 @@ class _Maker:
         self._pair = pair
         self._clusters = clusters
         self._costs = pair.controller.costs()
+        self._bitops = self._costs.bitops()
         section, self._own = pair.recipe.controller, None
         state = pair.controller.state
         layers = pair.recipe_plan.layers
@@ -163,7 +164,7 @@ class _Maker:
         """What controls of a plan are made from."""
         return Situation(
             plan=plan,
-            cost=self._costs.bitops(),
+            cost=self._bitops,
             menu=self._pair.recipe.activation_bits.widths,
             clusters=self._clusters,
             table=self._table,
