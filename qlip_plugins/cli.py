@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -469,7 +470,7 @@ def _add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     _add_budget(evaluate, action="append", default=[])
     evaluate.add_argument(
-        "--pictures", type=int, default=8, metavar="N", help="of the first N prompts are kept (default 8)"
+        "--pictures", type=int, metavar="N", help="of the first N prompts are kept (default 8)"
     )
     evaluate.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default 16)")
     _add_work(evaluate)
@@ -923,7 +924,15 @@ def _train_q2b(options: argparse.Namespace) -> int:
         f"{name}: {record}"
         for name, record in zip(("first", "last"), records[:1] + records[-1:], strict=False)
     ]
-    _print(facts, "\n".join(shown or ["nothing was trained: Q2B as it starts"]), options.json)
+    plans = facts["plans"]
+    shown = shown or ["nothing was trained: Q2B as it starts"]
+    shown += [
+        f"plans of {plans['prompts']} prompts (simulated): FAB {plans['fab']:.3f}, BitOPs (paper) "
+        f"{plans['bitops_paper']:.6f} T, {plans['relative']:.4f} of the base; mean slope {plans['mean_slope']:.3f}, "
+        f"{plans['negative_slopes']:.0%} negative",
+        *(f"note: {note}" for note in facts["notes"]),
+    ]
+    _print(facts, "\n".join(shown), options.json)
     _say(f"wrote {options.out}/; use it with `controller: {{kind: qlip, path: {options.out.resolve()}}}`")
     return 0
 
@@ -940,6 +949,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     for text, (_, equals, folder) in zip(options.controller, controllers, strict=True):
         if not equals or not folder:
             raise RecipeError(f"--controller {text}: expected NAME=FOLDER")
+    named = Counter(name for name, _, _ in controllers)
+    if any(count > 1 for count in named.values()):
+        raise RecipeError(f"--controller {named.most_common(1)[0][0]}=...: given twice")
     from .evaluation.command import EvaluationRequest, as_text, evaluate
     from .evaluation.wanted import Wanted
 
@@ -952,7 +964,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         work=_work(options),
         seeds=options.seeds,
         batch=options.batch_size,
-        features=tuple(options.features or ("demo",)),
+        features=None if options.features is None else tuple(options.features),
         references=options.references,
         metrics={} if options.metric is None else {options.metric: parse_options(options.set)},
         wanted=Wanted(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ArtefactError, HostError, RecipeError
+from .errors import EVALUATION_HINT, ArtefactError, HostError, RecipeError
 from .image_features import features_of, open_features
 from .pictures import PictureFolder
 from .prompts import PromptSet
@@ -191,7 +191,7 @@ class _Mixture:
             from sklearn.exceptions import ConvergenceWarning
             from sklearn.mixture import GaussianMixture
         except ImportError as error:
-            raise HostError(f"metric gmm-giqa: {error}: pip install 'qlip-plugins[evaluation]'") from None
+            raise HostError(f"metric gmm-giqa: {error}: {EVALUATION_HINT}") from None
         if len(known) < max(2, config.components):
             raise RecipeError(
                 f"{config.references}: {len(known)} references are left outside a fold, expected at least "

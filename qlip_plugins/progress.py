@@ -4,9 +4,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 T = TypeVar("T")
+
+_LOG_EVERY = 60
+"""Seconds between two lines where no terminal shows a bar, such as in a log file."""
 
 
 def wanted() -> bool:
@@ -15,30 +18,53 @@ def wanted() -> bool:
 
 
 def progress(items: Iterable[T], what: str) -> Iterable[T]:
-    """`items`, with a bar on the error stream where someone is watching."""
-    if not wanted():
-        return items
-    from tqdm import tqdm
-
-    bar: Iterable[T] = tqdm(items, desc=what, leave=False)
-    return bar
+    """`items`, with a bar on the error stream; a line a minute where that is no terminal, nothing in CI."""
+    return items if os.environ.get("CI") else cast("Iterable[T]", _bar(what, iterable=items))
 
 
 @contextmanager
 def counted(total: int, what: str) -> Iterator[Callable[[str], None]]:
-    """A bar over `total` pieces of work where someone is watching; call what it gives as each is done.
+    """The same over `total` pieces of work; call what it gives as each is done.
 
     The text of the last piece stands beside the bar.
     """
-    if not wanted():
+    if os.environ.get("CI") or not total:
         yield lambda text: None
         return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, leave=False) as bar:
+    with _bar(what, total=total) as bar:
 
         def done(text: str) -> None:
             bar.set_postfix_str(text, refresh=False)
             bar.update()
 
         yield done
+
+
+class _Lines:
+    """Takes what a bar writes over itself, and gives it to a stream as lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._stream.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _bar(what: str, **over: Any) -> Any:
+    from tqdm import tqdm
+
+    if wanted():
+        return tqdm(desc=what, leave=False, **over)
+    return tqdm(
+        desc=what,
+        file=_Lines(sys.stderr),
+        mininterval=_LOG_EVERY,
+        maxinterval=_LOG_EVERY,
+        delay=_LOG_EVERY,
+        ncols=100,
+        **over,
+    )

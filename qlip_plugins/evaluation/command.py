@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..allocations import static_width
 from ..artefacts import read_tensors, write_tensors
 from ..errors import ArtefactError, IncompatibleModelError, RecipeError
 from ..files import check_replaceable, folder_written_whole, written_whole
@@ -29,10 +30,18 @@ from ..quality_metrics import metric_config
 from ..recipe import Recipe
 from ..work import WorkFolder
 from .bootstrap import clusters_of, mean_interval
-from .distances import FEW, SetDistance, frechet_distance, kernel_distance, label
+from .distances import (
+    FEW,
+    LEAST_PICTURES,
+    SetDistance,
+    check_torchmetrics,
+    frechet_distance,
+    kernel_distance,
+    label,
+)
 from .drawing import draw_grid, draw_pareto
 from .errors import Batch, Judges, Measured, Measuring, Pair, batches, noises_of, paired
-from .protocol import fingerprint_of, flat, protocol_of
+from .protocol import fingerprint_of, protocol_of
 from .run import (
     COSTS,
     FULL,
@@ -41,15 +50,19 @@ from .run import (
     RUN_FORMAT,
     RUN_NAME,
     RUN_VERSION,
+    UNITS,
     file_name,
     in_order,
     picture_name,
 )
-from .wanted import Wanted, allocations_of, described
+from .wanted import Wanted, alike, allocations_of, described
 
 WORK = "evaluation"
 DEFAULT_ALLOCATIONS = ("base", "recipe")
+DEFAULT_FEATURES = ("demo",)
+DEFAULT_PICTURES = 8
 
+_COST_APART = 0.005
 _REFERENCE_BATCH = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@=+-]*")
 _SET_ONLY = ("features.", "spatial.", "pictures")
@@ -68,12 +81,12 @@ class EvaluationRequest:
         work: folder for what is finished.
         seeds: noises of each prompt.
         batch: prompts at a time.
-        features: extractors, `NAME` or `NAME=PATH`.
+        features: extractors, `NAME` or `NAME=PATH`; None for `DEFAULT_FEATURES`.
         references: folder of pictures that sets are compared with.
         metrics: of single pictures, name -> options.
         wanted: allocations; full precision is always among the results.
         skip: `own` or `pictures`, as of `Measuring`.
-        pictures: of how many prompts pictures are kept.
+        pictures: of how many prompts pictures are kept; None for `DEFAULT_PICTURES`.
     """
 
     recipe: Recipe
@@ -84,12 +97,12 @@ class EvaluationRequest:
     work: Path
     seeds: int = 4
     batch: int = 16
-    features: tuple[str, ...] = ("demo",)
+    features: tuple[str, ...] | None = None
     references: Path | None = None
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     wanted: Wanted = field(default_factory=lambda: Wanted(DEFAULT_ALLOCATIONS))
     skip: tuple[str, ...] = ()
-    pictures: int = 8
+    pictures: int | None = None
 
 
 def evaluate(what: EvaluationRequest, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -122,16 +135,19 @@ def evaluate(what: EvaluationRequest, say: Callable[[str], None]) -> dict[str, A
 
 
 def _check(what: EvaluationRequest) -> None:
-    if what.seeds < 1 or what.batch < 1 or what.pictures < 0:
+    kept = what.pictures or 0
+    if what.seeds < 1 or what.batch < 1 or kept < 0:
         raise RecipeError(
-            f"--seeds {what.seeds}, --batch-size {what.batch}, --pictures {what.pictures}: expected at least one of "
-            "the first two, and no negative number of pictures"
+            f"--seeds {what.seeds}, --batch-size {what.batch}, --pictures {kept}: expected at least one of the first "
+            "two, and no negative number of pictures"
         )
     for name in (*what.wanted.names, *(what.wanted.controllers or ())):
         if not _NAME.fullmatch(name):
             raise RecipeError(
                 f"--allocations: {name!r} is no name: letters, digits, space and ._@=+- are allowed"
             )
+    what.wanted.check_distinct()
+    _check_pictures(what)
     for name, options in what.metrics.items():
         metric_config(name, options)
     if len(what.wanted.names) > 1:
@@ -139,22 +155,43 @@ def _check(what: EvaluationRequest) -> None:
     check_replaceable(what.out.resolve(), RUN_FORMAT, RUN_NAME, *OWNED)
 
 
+def _check_pictures(what: EvaluationRequest) -> None:
+    if "pictures" in what.skip:
+        given = {
+            "--references": what.references,
+            "--metric": what.metrics,
+            "--features": what.features,
+            "--pictures": what.pictures,
+        }
+        unused = [option for option, value in given.items() if value]
+        if unused:
+            raise RecipeError(
+                f"--skip pictures: then there are none to judge or keep, leave out {', '.join(unused)}"
+            )
+    if what.references is not None:
+        check_torchmetrics()
+        count = len(what.prompts.prompts) * what.seeds
+        if count < LEAST_PICTURES:
+            raise RecipeError(
+                f"--references: {count} pictures ({len(what.prompts.prompts)} prompts, --seeds {what.seeds}), their "
+                f"distances need at least {LEAST_PICTURES}"
+            )
+
+
 def _judges(what: EvaluationRequest, pipe: Any, device: str) -> tuple[Judges, PictureFolder | None]:
     if "pictures" in what.skip:
-        if what.references is not None or what.metrics:
-            raise RecipeError(
-                "--skip pictures: then there are none to judge, leave out --references and --metric"
-            )
         return Judges({}, {}), None
     if getattr(pipe, "vae", None) is None:
-        if what.references is not None or what.metrics:
+        if what.references is not None or what.metrics or what.features:
             raise IncompatibleModelError(
                 f"{what.recipe.model.pipeline}: {type(pipe).__name__} has no decoder, so there are no pictures to "
-                "judge: leave out --references and --metric"
+                "judge: leave out --references, --metric and --features"
             )
         return Judges({}, {}), None
     references = None if what.references is None else PictureFolder(what.references)
-    features = {text.partition("=")[0]: open_features(text, device) for text in what.features}
+    features = {
+        text.partition("=")[0]: open_features(text, device) for text in what.features or DEFAULT_FEATURES
+    }
     scores = {
         name: open_quality(name, options, pipe, what.prompts, device)
         for name, options in what.metrics.items()
@@ -164,10 +201,10 @@ def _judges(what: EvaluationRequest, pipe: Any, device: str) -> tuple[Judges, Pi
 
 def _work_folder(run: _Evaluation, processes: Processes) -> WorkFolder:
     identity = {
-        **flat(run.protocol, "protocol."),
+        "protocol": run.protocol,
         "recipe": run.what.recipe.model_dump(mode="json"),
         "allocations": {name: plan.digest() for name, plan in run.plans.items()},
-        "pictures": run.what.pictures,
+        "pictures": run.kept,
         "skip": sorted(run.what.skip),
     }
     if not processes.main:
@@ -198,6 +235,7 @@ class _Evaluation:
         self.fingerprint = fingerprint_of(self.protocol)
         self.batches = batches(len(what.prompts.prompts), what.seeds, what.batch)
         self.names = [FULL, *plans]
+        self.kept = DEFAULT_PICTURES if what.pictures is None else what.pictures
 
     def measure(self, folder: WorkFolder, processes: Processes, say: Callable[[str], None]) -> None:
         """Measure this process's share of what is not finished; returns when all processes have."""
@@ -227,7 +265,7 @@ class _Evaluation:
         for name in missing:
             found = measuring.full_precision() if name == FULL else measuring.allocation(self.plans[name])
             if "pictures" in found:
-                kept = max(0, self.what.pictures - batch.rows.start)
+                kept = max(0, self.kept - batch.rows.start)
                 found["pictures"] = found["pictures"][:kept]
             if self.references is None:
                 found = {key: value for key, value in found.items() if not key.startswith("spatial.")}
@@ -273,7 +311,8 @@ class _Evaluation:
     def _facts(self, allocations: Mapping[str, Any]) -> dict[str, Any]:
         what = self.what
         pictures = len(what.prompts.prompts) * what.seeds
-        wanted, overlaps = described(what.wanted, what.prompts.prompts)
+        wanted, remarks = described(what.wanted, what.prompts.prompts)
+        remarks += [*alike(self.plans), *off_cost(allocations)]
         notes = ["BitOPs and FAB are counted from the plan (simulated); no latency is measured"]
         if self.references is not None and pictures < FEW:
             notes.append(
@@ -290,7 +329,7 @@ class _Evaluation:
             "clusters": list(clusters_of(what.prompts)),
             "settings": asdict(what.settings),
             "wanted": {**wanted, "skip": sorted(what.skip)},
-            "notes": [*notes, *overlaps],
+            "notes": [*notes, *remarks],
             "allocations": allocations,
         }
 
@@ -384,6 +423,20 @@ def _check_rows(path: Path, tensors: Measured, rows: int) -> None:
         raise ArtefactError(f"{path}: not what this batch of {rows} prompts gives; remove it")
 
 
+def off_cost(allocations: Mapping[str, Any]) -> list[str]:
+    """Remarks on controls that cannot express the cost of the recipe's plans: fewer decisions, coarser costs."""
+    remarks = []
+    for name, found in allocations.items():
+        plain, at, budget = name.partition("@")
+        recipe = allocations.get(f"recipe{at}{budget}")
+        if recipe is None or plain in ("base", "recipe", FULL) or static_width(plain) is not None:
+            continue
+        ratio = found["figures"]["bitops_paper"]["mean"] / recipe["figures"]["bitops_paper"]["mean"]
+        if abs(ratio - 1) > _COST_APART:
+            remarks.append(f"{name} costs {ratio:.3f} of the BitOPs of recipe{at}{budget}: its nearest plan")
+    return remarks
+
+
 def as_text(facts: Mapping[str, Any]) -> str:
     """The tables of a run, the primary metric first."""
     allocations = facts["allocations"]
@@ -414,7 +467,7 @@ def as_text(facts: Mapping[str, Any]) -> str:
 
 
 def _table(allocations: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    rows = [["allocation", *keys]]
+    rows = [["allocation", *(f"{key} ({UNITS[key]})" if key in UNITS else key for key in keys)]]
     for name, found in allocations.items():
         rows.append([name, *(_interval(found["figures"].get(key), "mean") for key in keys)])
     return aligned(rows)

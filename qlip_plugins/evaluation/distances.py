@@ -17,6 +17,9 @@ from .bootstrap import drawn, numbered
 FID_DRAWS = 30
 KID_SUBSETS = 100
 KID_LARGEST_SUBSET = 1000
+LEAST_PICTURES = 8
+"""Of which KID can draw subsets."""
+
 FEW = 5000
 """Below so many pictures FID's bias is large, and KID is the one to read."""
 
@@ -62,6 +65,18 @@ class _Given(nn.Module):
         return features
 
 
+def check_torchmetrics() -> None:
+    """Check that torchmetrics is at hand.
+
+    Raises:
+        HostError: it is not.
+    """
+    try:
+        import torchmetrics.image  # noqa: F401
+    except ImportError as error:
+        raise HostError(f"FID, sFID and KID need torchmetrics ({error}): {EVALUATION_HINT}") from None
+
+
 def label(kind: str, extractor: str) -> str:
     """What a distance is called: published figures of that name are those on Inception features alone.
 
@@ -92,10 +107,9 @@ def frechet_distance(
         IncompatibleModelError: fewer than two of either, or they are of different length.
     """
     _check(features, references)
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise HostError(f"FID needs torchmetrics ({error}): {EVALUATION_HINT}") from None
+    check_torchmetrics()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     features, references = features.double(), references.double()
     metric = FrechetInceptionDistance(_Given(features.shape[1])).to(features.device)
     metric.update(references, real=True)
@@ -145,19 +159,18 @@ def kernel_distance(features: Tensor, references: Tensor, seed: int = 0) -> SetD
 
     Raises:
         HostError: torchmetrics is not installed.
-        IncompatibleModelError: fewer than eight of either, or they are of different length.
+        IncompatibleModelError: fewer than `LEAST_PICTURES` of either, or they are of different length.
     """
     _check(features, references)
     smaller = min(len(features), len(references))
     size = min(KID_LARGEST_SUBSET, smaller // 4)
-    if size < 2:
+    if smaller < LEAST_PICTURES:
         raise IncompatibleModelError(
-            f"KID of {len(features)} pictures and {len(references)} references: needs at least 8 of each"
+            f"KID of {len(features)} pictures and {len(references)} references: needs at least {LEAST_PICTURES} of each"
         )
-    try:
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError as error:
-        raise HostError(f"KID needs torchmetrics ({error}): {EVALUATION_HINT}") from None
+    check_torchmetrics()
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
         torch.default_generator.manual_seed(seed)

@@ -12,7 +12,7 @@ import torch
 
 from ..pictures import PictureFolder
 from ..prompts import PromptSet
-from ..work import identity_of
+from ..work import flat, identity_of
 from . import bootstrap, distances
 from .bootstrap import clusters_of
 from .errors import Judges, Pair
@@ -88,15 +88,6 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
         for name in sorted(ours.keys() | theirs)
         if ours.get(name, "absent") != theirs.get(name, "absent")
     ]
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, item in value.items():
-        whole = prefix + name
-        found |= flat(item, whole + ".") if isinstance(item, Mapping) and item else {whole: item}
-    return found
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

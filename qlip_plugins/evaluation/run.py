@@ -22,6 +22,7 @@ OWNED = (RESULTS_NAME, "pictures", "plans", "pareto.png", "grid.png")
 FULL = "full precision"
 
 COSTS = ("fab_mac_weighted", "fab", "bitops_paper", "bitops_full")
+UNITS = {"fab": "bits", "fab_mac_weighted": "bits", "bitops_paper": "T", "bitops_full": "T", "psnr": "dB"}
 PRIMARY = "error_led"
 _ORDER = (PRIMARY, "error_own", "picture_mse", "psnr", "distance.", "score.", *COSTS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..recipe import Budget, QlipController
 from ..sensitivity import Sensitivity
 from ..text_to_bits import TRAINING_NAME, TextToBits
 from .errors import Pair
-from .run import FULL
+from .run import FULL, file_name
 
 _OF = " of "
 
@@ -40,6 +41,38 @@ class Wanted:
     budgets: Sequence[Budget] = ()
     controllers: Mapping[str, Path] | None = None
     sensitivity: Path | None = None
+
+    def check_distinct(self) -> None:
+        """Check that each name stands for one allocation.
+
+        Raises:
+            RecipeError: it is not so.
+        """
+        files = Counter(file_name(name) for name in self.names)
+        twice = [name for name in self.names if files[file_name(name)] > 1]
+        if twice:
+            raise RecipeError(f"--allocations: {', '.join(map(repr, twice))} would write the same files")
+
+    def check_used(self) -> None:
+        """Check that every controller has an allocation.
+
+        Raises:
+            RecipeError: it is not so.
+        """
+        owners = {name.rpartition(_OF)[2] for name in self.names}
+        for name, folder in (self.controllers or {}).items():
+            if name not in owners:
+                raise RecipeError(
+                    f"--controller {name}={folder}: no allocation uses it, name {name!r} in --allocations"
+                )
+
+
+def alike(plans: Mapping[str, BitPlan]) -> list[str]:
+    """Remarks on allocations that are the same plan under two names, as fitted controls can be."""
+    by_plan: dict[str, list[str]] = {}
+    for name, plan in plans.items():
+        by_plan.setdefault(plan.digest(), []).append(name)
+    return [f"{' and '.join(names)} are the same plan" for names in by_plan.values() if len(names) > 1]
 
 
 def title(name: str, budget: Budget | None, number: int) -> str:
@@ -104,6 +137,7 @@ def allocations_of(pair: Pair, wanted: Wanted, clusters: Sequence[str]) -> dict[
         recipe_plan = maker.recipe_plan(budget)
         for name in others:
             found[title(name, budget, len(wanted.budgets))] = maker.made(name, recipe_plan)
+    wanted.check_used()
     return found
 
 
@@ -133,11 +167,7 @@ class _Maker:
         if wanted.sensitivity is not None:
             self._table = Sensitivity.load(wanted.sensitivity)
             self._table.check_made_for(state, pair.controller.ranges, layers)
-            if self._table.timesteps != pair.recipe_plan.timesteps:
-                raise IncompatibleModelError(
-                    f"{wanted.sensitivity}: of {len(self._table.timesteps)} timesteps, this sampling visits "
-                    f"{len(pair.recipe_plan.timesteps)}, or others"
-                )
+            self._table.check_measured_on(pair.teacher, pair.settings, pair.recipe_plan.timesteps)
 
     def recipe_plan(self, budget: Budget | None) -> BitPlan:
         """The recipe's own plan of all prompts."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..artefacts import versions
-from ..budget import resolved
+from ..budget import LinearCost, resolved
 from ..controller import apply_base, load_base, load_ranges
 from ..embeddings import EncodedPrompts, Pooling, encode
 from ..errors import IncompatibleModelError, RecipeError
@@ -39,7 +39,16 @@ from .q2b import Q2BRecord, Q2BTraining, new_controller, schedule, train_on_base
 from .t2q import T2QTraining, train_t2q
 from .trained_t2q import FORMAT as T2Q_FORMAT
 from .trained_t2q import OWNED as T2Q_OWNED
-from .trained_t2q import HeldShare, HeldValue, RankNormaliser, Split, TrainedT2Q, TrainedT2QConfig, rows_of
+from .trained_t2q import (
+    HeldShare,
+    HeldValue,
+    RankNormaliser,
+    Split,
+    TrainedT2Q,
+    TrainedT2QConfig,
+    check_not_held,
+    rows_of,
+)
 
 _T2Q_WORK = "T2Q training"
 _Q2B_WORK = "Q2B training"
@@ -150,6 +159,7 @@ def train_t2q_for(what: T2QRequest) -> dict[str, Any]:
         labels=dict(labels.facts),
         labels_digest=digest,
         split=what.split,
+        held=tuple(sorted(what.split.held_values(labels))),
         training=asdict(what.training),
     )
     TrainedT2Q(config, t2q, RankNormaliser.of(labels)).save_pretrained(what.out, report)
@@ -274,11 +284,12 @@ def train_q2b_for(what: Q2BRequest) -> dict[str, Any]:
     """
     _check_request(what)
     trained = TrainedT2Q.from_pretrained(what.t2q)
-    texts, population = _texts(what, trained)
+    texts, population, notes = _texts(what, trained)
     pipe = placed(load_pipeline(what.recipe), what.settings)
     prompts = encode(pipe, what.recipe.model.prompt_embeddings, texts, trained.config.pooling)
     state = load_base(what.recipe, pipe.unet)
-    controller = _started(what, pipe, state, trained, prompts, population)
+    costs = _costs(what, pipe, state, prompts)
+    controller = _started(what, pipe, trained, state, prompts, population, costs)
     identity = {
         **identity_of(pipe, what.recipe.model, texts),
         "base": state.fingerprint,
@@ -294,7 +305,11 @@ def train_q2b_for(what: Q2BRequest) -> dict[str, Any]:
     except ValueError as error:
         work.remove()  # nothing was begun
         raise RecipeError(f"training Q2B: {error}") from None
-    facts = _facts(what, trained, controller, texts, log)
+    facts = {
+        **_facts(what, trained, controller, texts, log),
+        "plans": _plans(controller, prompts, costs),
+        "notes": notes,
+    }
     record = {TRAINING_NAME: (json.dumps(facts, indent=1) + "\n").encode()}
     if log:
         record[CURVES_NAME] = curves(log)
@@ -332,8 +347,8 @@ def _check_request(what: Q2BRequest) -> None:
         new_figure(_CURVES, 1, 1)  # before the work, in case it cannot be drawn
 
 
-def _texts(what: Q2BRequest, trained: TrainedT2Q) -> tuple[list[str], list[float]]:
-    """The prompts to train on; and predicted qualities that stand for all."""
+def _texts(what: Q2BRequest, trained: TrainedT2Q) -> tuple[list[str], list[float], list[str]]:
+    """The prompts to train on; predicted qualities that stand for all; and remarks."""
     if what.prompts_file.suffix == ".safetensors":
         labels = Labels.load(what.prompts_file)
         if file_digest(what.prompts_file) != trained.config.labels_digest:
@@ -344,9 +359,10 @@ def _texts(what: Q2BRequest, trained: TrainedT2Q) -> tuple[list[str], list[float
         rows, _ = rows_of(trained.config.split, labels)
         embeddings = labels.embeddings[_some(rows, _POPULATION)]
         texts = [labels.prompts[row] for row in _some(rows, what.limit)]
-        return texts, _qualities(trained.t2q, embeddings)
-    prompts = read_prompts(what.prompts_file).prompts
-    return _some(prompts, what.limit), []
+        return texts, _qualities(trained.t2q, embeddings), []
+    prompts = read_prompts(what.prompts_file)
+    remark = check_not_held(trained.config, prompts, what.prompts_file)
+    return _some(prompts.prompts, what.limit), [], [] if remark is None else [remark]
 
 
 def _some(items: Sequence[T], count: int) -> list[T]:
@@ -362,10 +378,11 @@ def _qualities(t2q: T2Q, embeddings: Tensor) -> list[float]:
 def _started(
     what: Q2BRequest,
     pipe: Any,
-    state: CalibratedState,
     trained: TrainedT2Q,
+    state: CalibratedState,
     prompts: EncodedPrompts,
     population: list[float],
+    costs: _Costs,
 ) -> TextToBits:
     qualities = population or _qualities(trained.t2q, prompts.embeddings)
     if what.start not in ("medium", "sensitivity"):
@@ -384,7 +401,7 @@ def _started(
         qualities,
     )
     if what.start == "sensitivity":
-        _solve(what, pipe, state, trained, controller, prompts)
+        _solve(what, pipe, state, trained, controller, costs)
     return controller
 
 
@@ -422,28 +439,63 @@ def _continued(
     return continued
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """What plans of the recipe's quantizers cost, counted in one generation (`budget.Costs`)."""
+
+    of_bits: LinearCost
+    of_base: float
+
+    def bitops(self) -> LinearCost:
+        return self.of_bits
+
+    def base_bitops(self) -> float:
+        return self.of_base
+
+
+def _costs(what: Q2BRequest, pipe: Any, state: CalibratedState, prompts: EncodedPrompts) -> _Costs:
+    static = StaticController(kind="static", bits="base")
+    base = what.recipe.model_copy(update={"controller": static, "correction": None})
+    with apply_base(pipe, base, state) as running:
+        sample_encoded(pipe, prompts.only([0]), what.settings, [0], "latent")
+        costs = running.costs()
+        return _Costs(costs.bitops(), costs.base_bitops())
+
+
+def _plans(controller: TextToBits, prompts: EncodedPrompts, costs: _Costs) -> dict[str, float]:
+    """What the finished controller's plans of its own prompts cost, simulated; and which way quality moves them."""
+    known = controller.config.population
+    quality = torch.tensor(known, dtype=torch.float64) if known else controller.quality(prompts.embeddings)
+    bits = controller.plan_of(quality, controller.config.timesteps).bits
+    bitops = float(costs.of_bits.of(bits).mean())
+    slope = controller.q2b.slope.detach().double()
+    return {
+        "prompts": len(quality),
+        "fab": float(bits.double().mean()),
+        "bitops_paper": bitops,
+        "relative": bitops / costs.of_base,
+        "mean_slope": float(slope.mean()),
+        "negative_slopes": float((slope < 0).double().mean()),
+    }
+
+
 def _solve(
     what: Q2BRequest,
     pipe: Any,
     state: CalibratedState,
     trained: TrainedT2Q,
     controller: TextToBits,
-    prompts: EncodedPrompts,
+    costs: _Costs,
 ) -> None:
     """Set Q2B to the plans that a sensitivity table says are best at the budget."""
     assert what.sensitivity is not None
     assert what.budget is not None
     table, menu = Sensitivity.load(what.sensitivity), controller.config.menu.widths
     table.check_made_for(state, load_ranges(what.recipe.ranges, state), controller.config.layers)
+    table.check_measured_on(pipe, what.settings, controller.config.timesteps)
     measured = encode(pipe, what.recipe.model.prompt_embeddings, table.prompts, trained.config.pooling)
     quality = torch.tensor(_qualities(trained.t2q, measured.embeddings), dtype=torch.float64)
-    static = StaticController(kind="static", bits="base")
-    base = what.recipe.model_copy(update={"controller": static, "correction": None})
-    with apply_base(pipe, base, state) as running:
-        sample_encoded(pipe, prompts.only([0]), what.settings, [0], "latent")
-        cost, target = resolved(
-            what.budget, running.costs(), len(table.timesteps), len(controller.config.layers)
-        )
+    cost, target = resolved(what.budget, costs, len(table.timesteps), len(controller.config.layers))
     population = torch.tensor(controller.config.population, dtype=torch.float64)
     start_q2b(controller.q2b, table, quality, population, menu, cost, target)
 

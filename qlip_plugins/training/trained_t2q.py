@@ -21,6 +21,7 @@ from ..embeddings import Pooling
 from ..errors import ArtefactError, RecipeError
 from ..files import folder_written_whole
 from ..labels import Labels, average_ranks
+from ..prompts import PromptSet
 from ..schema import StrictModel, nearest
 from ..t2q import T2Q
 from ..text_to_bits import CONFIG_NAME, WEIGHTS_NAME, read_config
@@ -43,13 +44,24 @@ class HeldShare(StrictModel):
     share: float = Field(gt=0, lt=1)
     seed: int
 
+    @property
+    def tag(self) -> str:
+        """The tag whose values are held out."""
+        return self.by
+
+    def held_values(self, labels: Labels) -> set[str]:
+        """The values that are held out."""
+        order = sorted(set(self._values(labels)))
+        random.Random(self.seed).shuffle(order)
+        return set(order[: round(len(order) * self.share)])
+
     def held(self, labels: Labels) -> list[bool]:
         """For each prompt whether it is held out."""
-        values = _tag(labels, self.by) if labels.tags else labels.prompts
-        order = sorted(set(values))
-        random.Random(self.seed).shuffle(order)
-        chosen = set(order[: round(len(order) * self.share)])
-        return [value in chosen for value in values]
+        chosen = self.held_values(labels)
+        return [value in chosen for value in self._values(labels)]
+
+    def _values(self, labels: Labels) -> Sequence[str]:
+        return _tag(labels, self.by) if labels.tags else labels.prompts
 
 
 class HeldValue(StrictModel):
@@ -63,14 +75,19 @@ class HeldValue(StrictModel):
     tag: str
     value: str
 
-    def held(self, labels: Labels) -> list[bool]:
-        """For each prompt whether it is held out."""
+    def held_values(self, labels: Labels) -> set[str]:
+        """The values that are held out: one."""
         values = _tag(labels, self.tag)
         if self.value not in values:
             raise RecipeError(
                 f"--held: no prompt of the label set has {self.tag}={self.value}{nearest(self.value, set(values))}"
             )
-        return [value == self.value for value in values]
+        return {self.value}
+
+    def held(self, labels: Labels) -> list[bool]:
+        """For each prompt whether it is held out."""
+        chosen = self.held_values(labels)
+        return [value in chosen for value in _tag(labels, self.tag)]
 
 
 Split = HeldShare | HeldValue
@@ -140,17 +157,19 @@ class TrainedT2QConfig(StrictModel):
         labels: the facts of the label set: metric, sampling.
         labels_digest: SHA-256 of the label set's file.
         split: which of its prompts were held out.
+        held: the values of the split's tag that were, sorted.
         training: the settings.
     """
 
     format: Literal["qlip-plugins t2q"] = FORMAT
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     embedding_dim: int = Field(ge=1)
     pooling: Pooling
     hidden: int = Field(ge=1)
     labels: dict[str, Any]
     labels_digest: str
     split: Split
+    held: tuple[str, ...]
     training: dict[str, Any]
 
 
@@ -223,3 +242,25 @@ class TrainedT2Q:
             raise ArtefactError(f"{path}: does not fit {CONFIG_NAME}: {error}") from None
         check_finite(path, tensors)
         return cls(config, t2q.eval(), normaliser)
+
+
+def check_not_held(config: TrainedT2QConfig, prompts: PromptSet, path: Path) -> str | None:
+    """Check that prompts which a user names are none of those that a T2Q was to be judged on.
+
+    Returns:
+        A remark where the file does not say so: it has no tags, or another set of them.
+
+    Raises:
+        RecipeError: some are.
+    """
+    tag = config.split.tag
+    if tag not in prompts.tags:
+        return f"{path} has no tag {tag!r}, so whether T2Q held its prompts out is unknown"
+    held = set(config.held)
+    found = [value for value in prompts.tags[tag] if value in held]
+    if found:
+        raise RecipeError(
+            f"{path}: {len(found)} of {len(prompts.prompts)} prompts have a {tag} that T2Q held out ({found[0]!r}): "
+            "leave them out, to evaluate on"
+        )
+    return None

@@ -37,7 +37,7 @@ def situation() -> Situation:
     bits = widths_at(*thresholds(q2b, quality, TIMESTEPS), MENU)
     plan = BitPlan(bits, TIMESTEPS, LAYERS, tuple(quality.tolist()))
     errors = torch.rand(1, 5, 6, 3, generator=generator).sort(descending=True).values
-    table = Sensitivity(errors, ("p",), TIMESTEPS, LAYERS, MENU, "f", "r")
+    table = Sensitivity(errors, ("p",), TIMESTEPS, LAYERS, MENU, "f", "r", "p", 1.0, 0.0)
     cost = LinearCost(torch.rand(5, 6, generator=generator).double(), 1.0, "a unit")
     clusters = [f"c{row // 3}" for row in range(PROMPTS)]
     return Situation(plan, cost, MENU, clusters, table, q2b)

@@ -19,12 +19,13 @@ from qlip_plugins.errors import BitsError, IncompatibleModelError
 from qlip_plugins.evaluation import command
 from qlip_plugins.evaluation.drawing import draw_pareto
 from qlip_plugins.evaluation.errors import Batch, Judges, Measuring, batches, noises_of, paired
-from qlip_plugins.evaluation.protocol import fingerprint_of, flat
+from qlip_plugins.evaluation.protocol import fingerprint_of
 from qlip_plugins.evaluation.run import Run
 from qlip_plugins.generation import Settings, load_pipeline, noise_seeds, sample_model
 from qlip_plugins.plan import BitPlan
 from qlip_plugins.recipe import Recipe
 from qlip_plugins.recording import Course, recording
+from qlip_plugins.work import flat
 
 pytest.importorskip("torchmetrics", reason="extra `evaluation`")
 pytest.importorskip("matplotlib", reason="extra `evaluation`")

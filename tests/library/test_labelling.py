@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert "long work goes on where it stopped" in capsys.readouterr().err
     assert not out.exists()
     assert main(command(inputs, out, "--seed", "1")) == 2
-    assert "begun otherwise (settings: " in capsys.readouterr().err
+    assert "begun otherwise (settings." in capsys.readouterr().err
     judged.clear()
     assert main(command(inputs, out)) == 0
     assert judged == ["scores-001-000000.safetensors", "scores-001-000002.safetensors"]

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from golden_model import GoldenModel
 from qlip_plugins import Recipe, apply
+from qlip_plugins.artefacts import write_tensors
 from qlip_plugins.budget import LinearCost, thresholds, widths_at, widths_for
 from qlip_plugins.cli import main
 from qlip_plugins.controller import load_ranges
 from qlip_plugins.embeddings import EncodedPrompts, PromptEmbeddings
-from qlip_plugins.errors import IncompatibleModelError
+from qlip_plugins.errors import ArtefactError, IncompatibleModelError
 from qlip_plugins.generation import Settings, noise_seeds, sample_encoded
 from qlip_plugins.plan import BitPlan
 from qlip_plugins.q2b import Q2B
@@ -29,6 +30,7 @@ from qlip_plugins.sensitivity import (
     start_q2b,
 )
 from qlip_plugins.state import CalibratedState
+from qlip_plugins.work import WorkFolder
 
 SETTINGS = Settings(steps=3, guidance_scale=2.0)
 MENU = (4, 6, 8)
@@ -102,6 +104,37 @@ def test_the_verb_writes_what_the_call_measures(
     assert main([*command[:-2], "--out", str(tmp_path / "s.txt")]) == 2
 
 
+def test_a_table_belongs_to_how_it_was_sampled(measured: Sensitivity, model: GoldenModel) -> None:
+    pipe = model.pipe()
+    measured.check_measured_on(pipe, SETTINGS, measured.timesteps)
+    with pytest.raises(IncompatibleModelError, match="measured at guidance 2 and eta 0, here are 3 and 0"):
+        measured.check_measured_on(pipe, replace(SETTINGS, guidance_scale=3.0), measured.timesteps)
+    with pytest.raises(IncompatibleModelError, match="of 3 timesteps, here are 2"):
+        measured.check_measured_on(pipe, SETTINGS, measured.timesteps[1:])
+    with torch.no_grad():
+        next(pipe.unet.parameters()).add_(0.001)
+    with pytest.raises(IncompatibleModelError, match="another pipeline"):
+        measured.check_measured_on(pipe, SETTINGS, measured.timesteps)
+
+
+def test_an_interrupted_measurement_goes_on_within_a_batch(
+    recipe: Recipe, prompts: EncodedPrompts, measured: Sensitivity, model: GoldenModel, tmp_path: Path
+) -> None:
+    work = WorkFolder(tmp_path / "work", "sensitivity table", 2, {})
+    found = measure_sensitivity(model.pipe(), recipe, prompts, SETTINGS, [8, 16], 2, work)
+    parts = sorted(work.path.glob("prompts-*"))
+    assert len(parts) > 4, "more than one part a batch"
+    for part in parts[1::2]:
+        part.unlink()
+    again = measure_sensitivity(model.pipe(), recipe, prompts, SETTINGS, [8, 16], 2, work)
+    assert torch.equal(again.errors, found.errors)
+    assert torch.equal(again.errors, measured.errors)
+    tensors = {"errors": torch.zeros(1, 3, 1, 2)}
+    write_tensors(parts[0], "qlip-plugins sensitivity part", 2, tensors, timesteps=[1.0, 2.0, 3.0])
+    with pytest.raises(ArtefactError, match="not what this batch of 2 prompts gives; remove it"):
+        measure_sensitivity(model.pipe(), recipe, prompts, SETTINGS, [8, 16], 2, work)
+
+
 def test_a_table_belongs_to_a_base_its_ranges_and_its_quantizers(
     recipe: Recipe, measured: Sensitivity, states: dict[str, CalibratedState]
 ) -> None:
@@ -155,7 +188,16 @@ def test_a_solved_controller_makes_the_plans_of_least_error() -> None:
     errors, quality, _ = synthetic()
     timesteps = tuple(float(t) for t in range(5, 0, -1))
     table = Sensitivity(
-        errors.float(), tuple(map(str, range(40))), timesteps, tuple("abcdef"), (4, 6, 8), "f", "r"
+        errors.float(),
+        tuple(map(str, range(40))),
+        timesteps,
+        tuple("abcdef"),
+        (4, 6, 8),
+        "f",
+        "r",
+        "p",
+        1.0,
+        0.0,
     )
     q2b = Q2B(6, timesteps)
     cost = LinearCost.fab(5, 6)
