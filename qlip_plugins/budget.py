@@ -200,7 +200,10 @@ def resolved(budget: Budget, costs: Costs, steps: int, layers: int) -> tuple[Lin
     if budget.bitops is not None:
         return costs.bitops(), budget.bitops
     assert budget.relative is not None  # the schema has exactly one
-    return costs.bitops(), budget.relative * costs.base_bitops()
+    bitops, base = costs.bitops(), costs.base_bitops()
+    return LinearCost(
+        bitops.per_bit / base, bitops.fixed / base, "BitOPs, relative to the base,"
+    ), budget.relative
 
 
 @torch.no_grad()

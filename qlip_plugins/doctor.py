@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from .adapter import GROUPS, installed
-from .errors import INSTALL_HINT
+from .errors import EVALUATION_HINT, INSTALL_HINT
 
 # Distribution -> the oldest release the package supports (pyproject.toml's floors).
 _PACKAGES = {
@@ -19,10 +19,22 @@ _PACKAGES = {
     "safetensors": "0.5",
 }
 
+# The same for what `label`, `train`, `evaluate` and `compare` need beyond.
+_EVALUATION = {
+    "matplotlib": "3.8",
+    "scikit-learn": "1.4",
+    "scipy": "1.11",
+    "torchmetrics": "1.4",
+    "efficientnet-lite-pytorch": "0.1",
+}
+
 
 def diagnose() -> dict[str, Any]:
-    """Versions, adapters and the device, as plain data; `ok` is false when something cannot be used."""
-    packages = {name: _package(name, floor) for name, floor in _PACKAGES.items()}
+    """Versions, adapters and the device, as plain data; `ok` is false when something cannot be used.
+
+    The packages under `evaluation` may be missing: only some verbs need them.
+    """
+    packages = {name: _package(name, floor, INSTALL_HINT) for name, floor in _PACKAGES.items()}
     runnable = packages["torch"]["usable"] and packages["diffusers"]["usable"]
     adapters = {
         group: {name: _adapter(entry, runnable) for name, entry in installed(group).items()}
@@ -35,19 +47,20 @@ def diagnose() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
+        "evaluation": {name: _package(name, floor, EVALUATION_HINT) for name, floor in _EVALUATION.items()},
         "adapters": adapters,
         "device": _device() if packages["torch"]["usable"] else "none: torch is not usable",
     }
 
 
-def _package(name: str, floor: str) -> dict[str, Any]:
+def _package(name: str, floor: str, hint: str) -> dict[str, Any]:
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return {
             "usable": False,
             "version": None,
-            "why": f"not installed: {INSTALL_HINT}",
+            "why": f"not installed: {hint}",
         }
     if _numbers(version) < _numbers(floor):
         return {"usable": False, "version": version, "why": f"older than {floor}: pip install -U {name}"}
@@ -83,6 +96,9 @@ def as_text(found: dict[str, Any]) -> str:
         f"device: {found['device']}",
     ]
     for name, state in found["packages"].items():
+        lines.append(f"  {_mark(state)} {name} {state['version'] or ''} {state['why']}".rstrip())
+    lines.append("label, train, evaluate, compare: extra `evaluation`")
+    for name, state in found["evaluation"].items():
         lines.append(f"  {_mark(state)} {name} {state['version'] or ''} {state['why']}".rstrip())
     for group, adapters in found["adapters"].items():
         lines.append(f"{group}: {'' if adapters else 'none installed'}".rstrip())

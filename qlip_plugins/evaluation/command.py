@@ -170,12 +170,6 @@ def _check_pictures(what: EvaluationRequest) -> None:
             )
     if what.references is not None:
         check_torchmetrics()
-        count = len(what.prompts.prompts) * what.seeds
-        if count < LEAST_PICTURES:
-            raise RecipeError(
-                f"--references: {count} pictures ({len(what.prompts.prompts)} prompts, --seeds {what.seeds}), their "
-                f"distances need at least {LEAST_PICTURES}"
-            )
 
 
 def _judges(what: EvaluationRequest, pipe: Any, device: str) -> tuple[Judges, PictureFolder | None]:
@@ -189,6 +183,12 @@ def _judges(what: EvaluationRequest, pipe: Any, device: str) -> tuple[Judges, Pi
             )
         return Judges({}, {}), None
     references = None if what.references is None else PictureFolder(what.references)
+    count = len(what.prompts.prompts) * what.seeds
+    if references is not None and count < LEAST_PICTURES:
+        raise RecipeError(
+            f"--references: {count} pictures ({len(what.prompts.prompts)} prompts, --seeds {what.seeds}), their "
+            f"distances need at least {LEAST_PICTURES}"
+        )
     features = {
         text.partition("=")[0]: open_features(text, device) for text in what.features or DEFAULT_FEATURES
     }

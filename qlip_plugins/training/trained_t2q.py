@@ -169,7 +169,7 @@ class TrainedT2QConfig(StrictModel):
     labels: dict[str, Any]
     labels_digest: str
     split: Split
-    held: tuple[str, ...]
+    held: tuple[str, ...] = Field(strict=False)
     training: dict[str, Any]
 
 

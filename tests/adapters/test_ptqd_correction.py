@@ -252,12 +252,12 @@ def test_the_pipeline_is_itself_again_when_a_batch_fails(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"settings": replace(SETTINGS, guidance_scale=5.0)}, "settings: .*3.0.*, now .*5.0"),
-        ({"settings": replace(SETTINGS, seed=1)}, "settings: .*'seed': 0.*, now .*'seed': 1"),
+        ({"settings": replace(SETTINGS, guidance_scale=5.0)}, "settings.guidance_scale: 3.0, now 5.0"),
+        ({"settings": replace(SETTINGS, seed=1)}, "settings.seed: 0, now 1"),
         ({"prompts": ("row 0", "row 1", "row 2")}, "prompts: "),
         ({"batch": 2}, "batch: 1, now 2"),
         ({"own_plan": True}, r"variants: \['8', '16', '32'\], now \['plan'\]"),
-        ({"recipe": static(8)}, "recipe: .*'qlip'.*, now .*'static'"),
+        ({"recipe": static(8)}, "recipe.controller.kind: 'qlip', now 'static'"),
     ],
 )
 def test_a_work_folder_of_other_settings_is_refused(
@@ -278,7 +278,7 @@ def test_a_work_folder_of_other_settings_is_refused(
 def test_a_folder_of_something_else_is_no_work_folder(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("precious")
-    with pytest.raises(ArtefactError, match="is no work folder of a correction"):
+    with pytest.raises(ArtefactError, match=r"is no work folder \(correction\)"):
         fit(tmp_path)
     assert (tmp_path / "work" / "thesis.txt").read_text() == "precious"
 

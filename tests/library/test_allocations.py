@@ -128,6 +128,9 @@ def test_evaluate_compares_them_at_each_budget(tmp_path: Path, capsys: pytest.Ca
     assert main(command) == 0
     assert "error_own" not in capsys.readouterr().out
     run = Run.load(tmp_path / "run")
+    assert any("costs" in note and "its nearest plan" in note for note in run.facts["notes"]), (
+        "6 prompts mix coarsely"
+    )
     known = run.facts["allocations"]
     assert {
         "base",
@@ -148,6 +151,11 @@ def test_evaluate_compares_them_at_each_budget(tmp_path: Path, capsys: pytest.Ca
         (["--allocations", "constant-q of elsewhere"], "no controller 'elsewhere'"),
         (["--controller", f"base={controller}"], "has a meaning already"),
         (["--controller", "other"], "expected NAME=FOLDER"),
+        (["--controller", f"other={controller}"], "given twice"),
+        (["--controller", f"unused={controller}"], "no allocation uses it"),
+        (["--allocations", "constant-q of other,constant-q-of-other"], "would write the same files"),
+        (["--features", "demo", "--pictures", "2"], "leave out --features, --pictures"),
+        (["--guidance", "3"], "measured at guidance 1 and eta 0, here are 3 and 0"),
     ):
-        assert main([*command[:-2], *wrong, "--out", str(tmp_path / "none")]) == 2
+        assert main([*command, *wrong, "--out", str(tmp_path / "none")]) in (2, 4)
         assert message in capsys.readouterr().err

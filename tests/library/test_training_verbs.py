@@ -132,7 +132,9 @@ def test_labels_of_another_text_encoder_are_refused(
     assert "make the labels with this pipeline" in capsys.readouterr().err
 
 
-def test_q2b_is_trained_on_what_t2q_saw(labels: Path, tmp_path: Path) -> None:
+def test_q2b_is_trained_on_what_t2q_saw(
+    labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib", reason="extra `evaluation`")
     assert main(t2q_command(labels, tmp_path / "t2q", "--held", "split=held")) == 0
     out = tmp_path / "controller"
@@ -147,6 +149,10 @@ def test_q2b_is_trained_on_what_t2q_saw(labels: Path, tmp_path: Path) -> None:
     assert len(facts["records"]) == 2
     assert {int(prompt.split()[1]) for prompt in facts["prompts"]} <= set(range(36))
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert facts["plans"]["prompts"] == 36
+    assert 8 <= facts["plans"]["fab"] <= 32
+    assert facts["plans"]["negative_slopes"] == 0
+    assert "plans of 36 prompts (simulated): FAB" in capsys.readouterr().out
     # It can go on from there, and an older one is replaced.
     again = [*command[:-4], "--start", str(out), "--trajectories", "0"]
     assert main(again) == 0
@@ -174,6 +180,23 @@ def test_q2b_refuses_what_does_not_belong_together(
     assert main(q2b_command(tmp_path / "t2q", labels, out, "--trajectories", "0")) == 4
     assert "not the label set" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_prompts_that_t2q_held_out_are_no_training_prompts(
+    labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(t2q_command(labels, tmp_path / "t2q", "--split-by", "concept", "--held-share", "0.5")) == 0
+    held = TrainedT2Q.from_pretrained(tmp_path / "t2q").config.held
+    assert held
+    rows = [{"prompt": "row 1", "concept": held[0]}, {"prompt": "row 2", "concept": "elsewhere"}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    command = q2b_command(tmp_path / "t2q", prompts, tmp_path / "controller", "--trajectories", "0")
+    assert main(command) == 2
+    assert f"1 of 2 prompts have a concept that T2Q held out ({held[0]!r})" in capsys.readouterr().err
+    prompts.write_text(json.dumps({"prompt": "row 2"}))
+    assert main(command) == 0
+    assert "has no tag 'concept', so whether T2Q held its prompts out is unknown" in capsys.readouterr().out
 
 
 class _KilledError(Exception):
