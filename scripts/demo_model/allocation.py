@@ -2,6 +2,8 @@
 
     python scripts/demo_model/allocation.py fair RUN...                  # paired differences, Pareto plot
     python scripts/demo_model/allocation.py premise RUN LABELS           # errors by full-precision quality
+    python scripts/demo_model/allocation.py drop RUN                     # quality lost, by full-precision quality
+    python scripts/demo_model/allocation.py paired RUN                   # recipe against others, by every figure
     python scripts/demo_model/allocation.py ladder LABELS NAME=FOLDER... # bits by caption level
     python scripts/demo_model/allocation.py predicted LABELS T2Q         # quality against predicted quality
     python scripts/demo_model/allocation.py maps RUN                     # bit maps of two prompts
@@ -30,7 +32,7 @@ from make_qlip import write_json
 from qlip_plugins.allocations import static_width
 from qlip_plugins.embeddings import EncodedPrompts
 from qlip_plugins.evaluation.bootstrap import mean_interval
-from qlip_plugins.evaluation.run import FULL, PRIMARY, Run
+from qlip_plugins.evaluation.run import COSTS, FULL, PRIMARY, Run, in_order
 from qlip_plugins.generation import load_pipeline
 from qlip_plugins.labels import Labels, pearson, rank_normalise, spearman
 from qlip_plugins.plan import BitPlan
@@ -202,14 +204,7 @@ def premise(options: argparse.Namespace) -> None:
             "deviation_of_ln_error": float(error.log().std()),
             "relative_error_by_quality_bin": by_bin,
         }
-        middles = [entry["mean"] for entry in by_bin]
-        ends = [
-            [entry["mean"] - entry["low"] for entry in by_bin],
-            [entry["high"] - entry["mean"] for entry in by_bin],
-        ]
-        axes.errorbar(
-            [f"{number + 1}" for number in range(BINS)], middles, ends, label=name, capsize=3, marker="o"
-        )
+        _errorbar(axes, by_bin, name)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("fifth of the prompts by quality in full precision (5: best), one noise")
     axes.set_ylabel("error over its mean, another noise")
@@ -223,6 +218,98 @@ def premise(options: argparse.Namespace) -> None:
             f"{name}: SROCC {entry['srocc_with_quality']:.3f}, deviation of ln error "
             f"{entry['deviation_of_ln_error']:.3f}; by fifth of quality {shown}"
         )
+
+
+def drop(options: argparse.Namespace) -> None:
+    """How much quality the pictures themselves lose at static widths, by quality in full precision.
+
+    Bins come from the first noise, drops from the others: else chance alone would make the best lose most.
+    """
+    run = Run.load(options.run)
+    clusters = run.facts["clusters"]
+    found: dict[str, Any] = {
+        "prompts": len(run.prompts),
+        "noises": run.facts["protocol"]["noises"]["per_prompt"],
+        "fingerprint": run.fingerprint,
+        "metrics": {},
+    }
+    names = [name for name in ("base", "recipe") if name in run.facts["allocations"]] + _widths(run)
+    metrics = sorted(name for name in run.of(FULL) if name.startswith("score."))
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(6.5 * len(metrics), 4), layout="constrained", squeeze=False
+    )
+    for metric, one in zip(metrics, axes[0], strict=True):
+        scores = {name: run.of(name)[metric].double() for name in (FULL, *names)}
+        bins = (rank_normalise(scores[FULL][:, 0]) * BINS).long().clamp(max=BINS - 1)
+        deviation = float(scores[FULL][:, 0].std())
+        rows = {}
+        for name in names:
+            lost = (scores[FULL] - scores[name])[:, 1:].mean(1) / deviation
+            by_bin = []
+            for number in range(BINS):
+                chosen = (bins == number).nonzero().flatten().tolist()
+                by_bin.append(mean_interval(lost[chosen], [clusters[row] for row in chosen]).to_dict())
+            rows[name] = {
+                "mean": mean_interval(lost, clusters).to_dict(),
+                "srocc_with_quality": spearman(scores[FULL][:, 0], lost),
+                "by_quality_bin": by_bin,
+            }
+            _errorbar(one, by_bin, name)
+            shown = ", ".join(f"{entry['mean']:+.3f}" for entry in by_bin)
+            print(
+                f"{metric} {name}: SROCC {rows[name]['srocc_with_quality']:.3f}; by fifth of quality {shown}"
+            )
+        found["metrics"][metric] = rows
+        one.axhline(0, color="grey", linewidth=0.8)
+        one.set_title(metric)
+        one.set_xlabel("fifth of the prompts by quality in full precision (5: best), one noise")
+        one.set_ylabel("quality lost, in deviations between prompts, other noises")
+        one.legend(frameon=False)
+        one.grid(alpha=0.3)
+    figure.savefig(OUT / "drop.png", dpi=110)
+    write_json(OUT / "drop.json", found)
+
+
+def _errorbar(axes: Any, by_bin: Sequence[dict[str, Any]], name: str) -> None:
+    middles = [entry["mean"] for entry in by_bin]
+    ends = [
+        [entry["mean"] - entry["low"] for entry in by_bin],
+        [entry["high"] - entry["mean"] for entry in by_bin],
+    ]
+    axes.errorbar(
+        [f"{number + 1}" for number in range(BINS)], middles, ends, label=name, capsize=3, marker="o"
+    )
+
+
+def paired(options: argparse.Namespace) -> None:
+    """The recipe's mean of each figure, and what it lies above each other allocation, prompt by prompt."""
+    run = Run.load(options.run)
+    clusters, name = run.facts["clusters"], options.run.name
+    ours = run.of("recipe")
+    figures = [key for key in in_order(ours) if key not in COSTS]
+    found: dict[str, Any] = {
+        "fingerprint": run.fingerprint,
+        "prompts": len(run.prompts),
+        "noises": run.facts["protocol"]["noises"]["per_prompt"],
+        "device": run.facts["protocol"]["device"],
+        "recipe minus": {},
+    }
+    lines = [f"| recipe minus | BitOPs (T) | {' | '.join(figures)} |", "|---" * (len(figures) + 2) + "|"]
+    for other in run.facts["allocations"]:
+        if other in (FULL, "recipe"):
+            continue
+        theirs = run.of(other)
+        rows = {
+            key: mean_interval((ours[key] - theirs[key]).double().mean(1), clusters).to_dict()
+            for key in figures
+        }
+        found["recipe minus"][other] = rows
+        shown = (f"{row['mean']:.4g} [{row['low']:.3g}, {row['high']:.3g}]" for row in rows.values())
+        lines.append(f"| {other} | {float(theirs[COST].mean()):.6f} | {' | '.join(shown)} |")
+    means = (f"{float(ours[key].double().mean()):.4g}" for key in figures)
+    lines.append(f"| (the recipe itself) | {float(ours[COST].mean()):.6f} | {' | '.join(means)} |")
+    write_json(OUT / f"{name}-paired.json", found)
+    print("\n".join(lines))
 
 
 def _widths(run: Run) -> list[str]:
@@ -387,10 +474,10 @@ def pictures(options: argparse.Namespace) -> None:
     write_json(OUT / f"{options.run.name}.json", kept)
     shown = {name: {**found["figures"], **found["sets"]} for name, found in facts["allocations"].items()}
     columns = list(dict.fromkeys(key for found in shown.values() for key in found))
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
     lines += [
-        f"| {name} | {' | '.join(_with_interval(found.get(key)) for key in columns)} |"
-        for name, found in shown.items()
+        f"| {key} | {' | '.join(_with_interval(found.get(key)) for found in shown.values())} |"
+        for key in columns
     ]
     (OUT / f"{options.run.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
@@ -409,13 +496,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     steps = parser.add_subparsers(required=True)
-    for step in (fair, premise, ladder, predicted, maps, spread, pictures):
+    for step in (fair, premise, drop, paired, ladder, predicted, maps, spread, pictures):
         one = steps.add_parser(step.__name__)
         one.set_defaults(run_step=step)
         if step is fair:
             one.add_argument("runs", type=Path, nargs="+")
             one.add_argument("--name", default="fair")
-        if step in (premise, maps, spread, pictures):
+        if step in (premise, drop, paired, maps, spread, pictures):
             one.add_argument("run", type=Path)
         if step in (premise, ladder, predicted):
             one.add_argument("labels", type=Path)
