@@ -468,9 +468,7 @@ def spread(options: argparse.Namespace) -> None:
 def pictures(options: argparse.Namespace) -> None:
     """Costs, errors, distances and scores of a run, without the paths of the machine that made it."""
     facts = Run.load(options.run).facts
-    kept = {
-        key: facts[key] for key in ("fingerprint", "protocol", "settings", "notes", "prompts", "allocations")
-    }
+    kept = {key: facts[key] for key in ("fingerprint", "protocol", "settings", "notes", "allocations")}
     write_json(OUT / f"{options.run.name}.json", kept)
     shown = {name: {**found["figures"], **found["sets"]} for name, found in facts["allocations"].items()}
     columns = list(dict.fromkeys(key for found in shown.values() for key in found))

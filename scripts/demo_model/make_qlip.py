@@ -103,6 +103,8 @@ def samples(options: argparse.Namespace) -> None:
         "train96": _shuffled_rows(train, 11)[:96],
         "train2000": _shuffled_rows(train, 5)[:2000],
         "held716": [row for concept in sorted(by_concept) for row in by_concept[concept][:2]],
+        "held1250": _shuffled_rows(held, 6)[:1250],
+        "held358": firsts,
         "held50": few[:50],
         "held32": few[50:82],
         "held24": few[:24],
