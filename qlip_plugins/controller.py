@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .adapter import Installed, load_backend, load_base_quantizer, load_correction
 from .budget import Costs, LinearCost
-from .embeddings import EmbeddingSource, EndOfTextState, MeanOfStates
+from .embeddings import EmbeddingSource, source_for
 from .errors import BitsError, IncompatibleModelError
+from .families import Call, Conditioning, denoiser_of, family_of, read_call, scheduled
 from .grids import Ranges
 from .layers import controlled, count_by_kind
 from .metrics import Cost, MacCounts, Visits, cost_of, count_macs, mean_cost
@@ -49,8 +50,8 @@ class Planner(Protocol):
         """The widths that one of its layers may be given."""
         ...
 
-    def plan(self, states: Tensor, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
-        """The plan of P prompts with text states `(P, T, D)`, at S distinct timesteps.
+    def plan(self, text: Conditioning, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
+        """The plan of P prompts at S distinct timesteps.
 
         `costs` says what plans cost here, to planners that keep to a budget.
         """
@@ -78,9 +79,9 @@ class FixedPlanner:
         """See `Planner.widths`."""
         return frozenset((self._bits[layer],))
 
-    def plan(self, states: Tensor, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
+    def plan(self, text: Conditioning, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
         """See `Planner.plan`."""
-        shape = (states.shape[0], len(timesteps), len(self.layers))
+        shape = (len(text), len(timesteps), len(self.layers))
         return BitPlan(self._row.expand(shape).clone(), timesteps, self.layers)
 
     def digest(self) -> str:
@@ -109,9 +110,9 @@ class TablePlanner:
         column = self._table.bits[:, :, self.layers.index(layer)]
         return frozenset(int(width) for width in column.unique())
 
-    def plan(self, states: Tensor, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
+    def plan(self, text: Conditioning, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
         """See `Planner.plan`."""
-        prompts = states.shape[0]
+        prompts = len(text)
         if self._table.prompts not in (1, prompts):
             raise BitsError(
                 f"the plan holds {self._table.prompts} prompts, the batch {prompts}: generate as many, or save the "
@@ -144,9 +145,9 @@ class PromptPlanner:
         """See `Planner.widths`."""
         return frozenset(self._text_to_bits.config.menu.widths)
 
-    def plan(self, states: Tensor, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
+    def plan(self, text: Conditioning, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
         """See `Planner.plan`."""
-        embeddings = self._source.embed(states)
+        embeddings = self._source.embed(text)
         if embeddings.shape[1] != self._text_to_bits.config.embedding_dim:
             raise IncompatibleModelError(
                 f"the controller reads embeddings of length {self._text_to_bits.config.embedding_dim}, this "
@@ -276,7 +277,8 @@ class BitController:
     ) -> None:
         self.quantizers = quantizers
         self.pipe = pipe
-        self._denoiser: nn.Module = pipe.unet
+        self.family = family_of(pipe)
+        self._denoiser = self.family.denoiser_of(pipe)
         self.state = state
         self.planner = planner
         self.ranges = ranges or Ranges()
@@ -287,7 +289,6 @@ class BitController:
         self._columns: dict[tuple[float, int], list[int | Tensor]] = {}
         self._visits: Visits = Counter()
         self._call: Any = None
-        self._signature = inspect.signature(type(self._denoiser).forward)
         self._handle = self._denoiser.register_forward_pre_hook(_Steering(self), with_kwargs=True)
 
     @property
@@ -327,14 +328,14 @@ class BitController:
             quantizer.set_bits(quantizer.base_bits)
         self.planner, self._plan, self._seen, self._columns = planner, None, (None, None), {}
 
-    def plan_for(self, states: Tensor) -> BitPlan:
-        """The plan of P prompts with text states `(P, T, D)`, for generations like the last one.
+    def plan_for(self, text: Conditioning) -> BitPlan:
+        """The plan of P prompts, for generations like the last one.
 
         Raises:
             BitsError: nothing has been generated yet.
         """
         costs = self.costs()
-        return self.planner.plan(states, tuple(dict.fromkeys(costs.calls)), costs)
+        return self.planner.plan(text, tuple(dict.fromkeys(costs.calls)), costs)
 
     def costs(self) -> GenerationCosts:
         """What decisions cost, in generations like the last one.
@@ -397,26 +398,61 @@ class BitController:
 
     def before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the bits of one call of the denoiser, by its timestep."""
-        call = self._signature.bind(denoiser, *args, **kwargs).arguments
-        sample, states = call["sample"], call["encoder_hidden_states"]
-        copies = self._copies(sample, states)
-        self._call = _one_row(_shapes_of(call), sample.shape[0])
-        self._decide(states, copies)
-        timestep = _one_timestep(call["timestep"])
+        call = read_call(self.family, denoiser, args, kwargs)
+        copies = self._copies(call)
+        again = self._is_guiding_call(call)
+        self._call = _one_row(_shapes_of(call.arguments), call.rows)
+        if not again:
+            self._decide(call, copies)
+        timestep = self._scheduled(call)
         if (timestep, copies) not in self._columns:
             self._columns[timestep, copies] = self._columns_at(timestep, copies)
         for name, bits in zip(self.planner.layers, self._columns[timestep, copies], strict=True):
             self.quantizers[name].set_bits(bits)
-        self._visits[timestep, copies] += 1
+        if again:
+            # Both calls of a guided step count as one with two rows, as where guidance is one call.
+            self._visits[timestep, 1] -= 1
+            self._visits += Counter({(timestep, 2): 1})
+        else:
+            self._visits[timestep, copies] += 1
 
-    def _copies(self, sample: Tensor, states: Tensor) -> int:
+    def _scheduled(self, call: Call) -> float:
+        given = call.arguments["timestep"]
+        assert self._plan is not None  # _decide has run
+        now = getattr(self.pipe, "_current_timestep", None)
+        return scheduled(
+            self.family,
+            call.timestep,
+            list(self._plan.timesteps),
+            given.dtype if isinstance(given, Tensor) else torch.float64,
+            None if now is None else float(now),
+        )
+
+    def _is_guiding_call(self, call: Call) -> bool:
+        """Whether this is the second of two calls at a timestep, the one without text."""
+        seen_timesteps, seen_states = self._seen
+        return (
+            self.family.guidance == "calls"
+            and self._plan is not None
+            and self.pipe.scheduler.timesteps is seen_timesteps
+            and call.states is not seen_states
+            and self._visits[self._scheduled(call), 1] > 0
+        )
+
+    def _copies(self, call: Call) -> int:
         """2 where the call's rows are [uncond, cond] halves, else 1.
 
         The pipeline says whether it guides, and the rows must agree: under guidance both halves denoise
-        the same samples. A pipeline that shares this UNet, or lays its rows out in another way, is
+        the same samples. A pipeline that shares this denoiser, or lays its rows out in another way, is
         found out so, instead of giving rows another prompt's bits.
         """
-        rows = sample.shape[0]
+        sample, rows, texts = call.sample, call.rows, call.states.shape[0]
+        if self.family.guidance == "calls":
+            if texts != rows and self.planner.by_prompt:
+                raise IncompatibleModelError(
+                    f"which of the call's {rows} rows belong to which prompt is unclear: there are {texts} text states"
+                )
+            return 1
         halves_equal = rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         if not self.planner.by_prompt:
@@ -424,7 +460,7 @@ class BitController:
         # Prompts of one batch may share their noise; then the word of the pipeline that is calling counts.
         same_noise = guided is False and halves_equal and is_calling(self.pipe)
         agreed = guided is not None and (bool(guided) == halves_equal or same_noise)
-        if not agreed or states.shape[0] != rows:
+        if not agreed or texts != rows:
             said = (
                 "does not say whether it guides"
                 if guided is None
@@ -433,15 +469,15 @@ class BitController:
             raise IncompatibleModelError(
                 f"which of the call's {rows} rows belong to which prompt is unclear: {type(self.pipe).__name__} "
                 f"{said}, the two halves of the samples are {'equal' if halves_equal else 'not equal'}, and there "
-                f"are {states.shape[0]} text states. Apply the recipe to the pipeline that you call"
+                f"are {texts} text states. Apply the recipe to the pipeline that you call"
             )
         return 2 if guided else 1
 
-    def _decide(self, states: Tensor, copies: int) -> None:
+    def _decide(self, call: Call, copies: int) -> None:
         """Make a plan when a generation begins: the pipeline then has new timesteps and text states."""
         timesteps = self.pipe.scheduler.timesteps
         seen_timesteps, seen_states = self._seen
-        if timesteps is seen_timesteps and states is seen_states and self._plan is not None:
+        if timesteps is seen_timesteps and call.states is seen_states and self._plan is not None:
             return
         if timesteps is None:
             raise IncompatibleModelError(
@@ -456,12 +492,11 @@ class BitController:
             )
         calls = [float(timestep) for timestep in timesteps.tolist()]
         costs = GenerationCosts(self, calls)
-        own_states = states[states.shape[0] // copies * (copies - 1) :]
-        plan = self.planner.plan(own_states, tuple(dict.fromkeys(calls)), costs)
+        plan = self.planner.plan(call.conditioning(copies), tuple(dict.fromkeys(calls)), costs)
         # A callback may swap the text states in mid-run (to end guidance, say): the same generation.
         if timesteps is not seen_timesteps or self._plan is None or plan.digest() != self._plan.digest():
             self._visits = Counter()
-        self._plan, self._seen, self._columns = plan, (timesteps, states), {}
+        self._plan, self._seen, self._columns = plan, (timesteps, call.states), {}
 
     def _columns_at(self, timestep: float, copies: int) -> list[int | Tensor]:
         """What to set on each layer: one width, or one for each row of the batch, guidance halves alike."""
@@ -572,20 +607,11 @@ def _on_meta(value: Any) -> Any:
     return value
 
 
-def _one_timestep(timestep: Any) -> float:
-    values = set(timestep.reshape(-1).tolist()) if isinstance(timestep, Tensor) else {timestep}
-    if len(values) != 1:
-        raise IncompatibleModelError(
-            f"one call of the denoiser with {len(values)} timesteps: a plan has one width a layer and step"
-        )
-    return float(values.pop())
-
-
 def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
     """Put a recipe on a diffusers pipeline, in place: every generation then follows its bits.
 
     Args:
-        pipe: a pipeline with a `unet` and a `scheduler`, such as `StableDiffusionPipeline`.
+        pipe: a pipeline of a known family (`families.py`), such as `StableDiffusionPipeline`, `FluxPipeline`.
         recipe: the recipe, its file, or the name of a shipped one.
 
     Returns:
@@ -598,11 +624,7 @@ def apply(pipe: Any, recipe: Recipe | str | Path) -> BitController:
             pipeline is then as it was.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    denoiser = getattr(pipe, "unet", None)
-    if not isinstance(denoiser, nn.Module):
-        raise IncompatibleModelError(
-            f"{type(pipe).__name__} has no UNet, which is the denoiser this version steers"
-        )
+    denoiser = denoiser_of(pipe)
     if any(isinstance(hook, _Steering) for hook in denoiser._forward_pre_hooks.values()):
         raise IncompatibleModelError(
             f"a recipe is applied to this {type(denoiser).__name__} already: remove() its controller first"
@@ -616,7 +638,7 @@ def apply_base(pipe: Any, recipe: Recipe, state: CalibratedState) -> BitControll
     try:
         ranges = load_ranges(recipe.ranges, state)
         check_ranges(ranges, recipe, state, planner)
-        quantizers = load_backend(recipe.backend).install(pipe.unet, state, ranges)
+        quantizers = load_backend(recipe.backend).install(denoiser_of(pipe), state, ranges)
     except BaseException:
         planner.remove()
         raise
@@ -688,14 +710,7 @@ def _prompt_planner(
 ) -> PromptPlanner:
     text_to_bits = TextToBits.from_pretrained(section.path)
     text_to_bits.check_made_for(state.fingerprint, recipe.activation_bits, layers)
-    if text_to_bits.config.pooling == "mean":
-        return PromptPlanner(text_to_bits, MeanOfStates(), section.budget)
-    encoder = getattr(pipe, "text_encoder", None)
-    if not isinstance(encoder, nn.Module):
-        raise IncompatibleModelError(
-            "the controller reads the text encoder's pooled state, and the pipeline has no text encoder"
-        )
-    return PromptPlanner(text_to_bits, EndOfTextState(encoder), section.budget)
+    return PromptPlanner(text_to_bits, source_for(pipe, text_to_bits.config.pooling), section.budget)
 
 
 def check_something_to_control(layers: tuple[str, ...], state: CalibratedState) -> None:

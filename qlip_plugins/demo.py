@@ -18,6 +18,7 @@ from PIL import Image
 from .artefacts import versions
 from .controller import Report, apply
 from .demo_drawing import BitMaps, Caption, PictureGrid, Tile
+from .families import denoiser_of
 from .files import folder_written_whole
 from .generation import Settings, load_pipeline, noise_seeds, placed, sample_model
 from .metrics import Cost
@@ -134,7 +135,7 @@ def run_columns(prompts: Sequence[str], settings: Settings) -> tuple[Runs, dict[
     with _quiet_hosts():
         pipe = placed(load_pipeline(recipes[BASE]), settings)
         pipe.set_progress_bar_config(disable=True)
-        with _counted_calls(pipe.unet, len(COLUMNS) * settings.steps):
+        with _counted_calls(denoiser_of(pipe), len(COLUMNS) * settings.steps):
             runs = {
                 column: _run(pipe, recipes.get(column), recipes[BASE], prompts, settings)
                 for column in COLUMNS

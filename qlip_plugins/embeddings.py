@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from .artefacts import read_tensors, write_tensors
 from .errors import ArtefactError, IncompatibleModelError, RecipeError
+from .families import Conditioning, family_of
 from .progress import progress
 from .schema import nearest
 
 EMBEDDINGS_FORMAT = "qlip-plugins prompt embeddings"
 EMBEDDINGS_VERSION = 1
 
-Pooling = Literal["eos", "mean"]
+Pooling = Literal["eos", "pooled", "mean"]
+"""How z comes from what the text encoders give: CLIP's pooled state, seen at the encoder because the denoiser
+does not get it; the pooled embedding that the denoiser gets; or the mean over the tokens that it gets."""
 
 _REMEMBERED = 4096
 
@@ -85,6 +88,8 @@ class EncodedPrompts:
         empty: `(T, C)`, the states of the empty prompt, for guidance.
         embeddings: z, `(n, D)` float32.
         pooling: how z comes from the text encoder's states.
+        pooled: `(n, E)`, what the denoiser gets beside the states; None where it gets none.
+        empty_pooled: `(E,)`, that of the empty prompt.
     """
 
     prompts: tuple[str, ...]
@@ -92,12 +97,24 @@ class EncodedPrompts:
     empty: Tensor
     embeddings: Tensor
     pooling: Pooling
+    pooled: Tensor | None = None
+    empty_pooled: Tensor | None = None
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """As the denoiser gets it."""
+        return Conditioning(self.states, self.pooled)
 
     def only(self, rows: Sequence[int]) -> EncodedPrompts:
         """Some of the prompts."""
         picked = list(rows)
-        prompts = tuple(self.prompts[row] for row in picked)
-        return EncodedPrompts(prompts, self.states[picked], self.empty, self.embeddings[picked], self.pooling)
+        return replace(
+            self,
+            prompts=tuple(self.prompts[row] for row in picked),
+            states=self.states[picked],
+            embeddings=self.embeddings[picked],
+            pooled=None if self.pooled is None else self.pooled[picked],
+        )
 
     @classmethod
     def from_table(cls, table: PromptEmbeddings, prompts: Sequence[str]) -> Self:
@@ -107,7 +124,7 @@ class EncodedPrompts:
             RecipeError: the table lacks one.
         """
         states = table.of(prompts)
-        embeddings = MeanOfStates().embed(states).float()
+        embeddings = MeanOfStates().embed(Conditioning(states)).float()
         return cls(tuple(prompts), states, table.of([""])[0], embeddings, "mean")
 
     @classmethod
@@ -123,32 +140,46 @@ class EncodedPrompts:
         Raises:
             IncompatibleModelError: it has no text encoder or tokenizer, or, for `eos`, no pooled state.
         """
-        if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
+        family = family_of(pipe)
+        if any(getattr(pipe, name, None) is None for name in (*family.encoders, "tokenizer")):
             raise IncompatibleModelError(
                 f"{type(pipe).__name__} has no tokenizer or no text encoder, so a prompt cannot be encoded. Give a "
                 "table of precomputed embeddings"
             )
-        source: EmbeddingSource = EndOfTextState(pipe.text_encoder) if pooling == "eos" else MeanOfStates()
+        source = source_for(pipe, pooling)
         try:
             encoded = []
             for prompt in progress(["", *prompts], "encoding prompts"):
-                states = pipe.encode_prompt(prompt, pipe.device, 1, False)[0]
-                encoded.append((states[0].cpu(), source.embed(states)[0].float()))
+                text = family.encoded(pipe, prompt)
+                pooled = None if text.pooled is None else text.pooled[0].cpu()
+                encoded.append((text.states[0].cpu(), source.embed(text)[0].float(), pooled))
         finally:
             source.remove()
-        (empty, _), *rest = encoded
-        states, embeddings = (torch.stack(part) for part in zip(*rest, strict=True))
-        return cls(tuple(prompts), states, empty, embeddings, pooling)
+        (empty, _, empty_pooled), *rest = encoded
+        return cls(
+            prompts=tuple(prompts),
+            states=torch.stack([states for states, _, _ in rest]),
+            empty=empty,
+            embeddings=torch.stack([z for _, z, _ in rest]),
+            pooling=pooling,
+            pooled=None
+            if empty_pooled is None
+            else torch.stack([one for _, _, one in rest if one is not None]),
+            empty_pooled=empty_pooled,
+        )
 
 
-def encode(pipe: Any, table: Path | None, prompts: Sequence[str], pooling: Pooling = "eos") -> EncodedPrompts:
+def encode(
+    pipe: Any, table: Path | None, prompts: Sequence[str], pooling: Pooling | None = None
+) -> EncodedPrompts:
     """Prompts as a recipe's model sees them: of its table of embeddings, or of its text encoder without one.
 
     Args:
         pipe: of the model.
         table: the recipe's `model.prompt_embeddings`.
         prompts: any texts, those of the table where there is one.
-        pooling: how z comes from a text encoder's states; a table always gives the mean over tokens.
+        pooling: how z comes from a text encoder's states (None: `own_pooling`); a table always gives the mean
+            over tokens.
 
     Raises:
         RecipeError: the table lacks a prompt.
@@ -156,14 +187,19 @@ def encode(pipe: Any, table: Path | None, prompts: Sequence[str], pooling: Pooli
     """
     if table is not None:
         return EncodedPrompts.from_table(PromptEmbeddings.load(table), prompts)
-    return EncodedPrompts.from_pipeline(pipe, prompts, pooling)
+    return EncodedPrompts.from_pipeline(pipe, prompts, pooling or own_pooling(pipe))
+
+
+def own_pooling(pipe: Any) -> Pooling:
+    """Where the pooled embedding of a pipeline's prompts is found."""
+    return "pooled" if family_of(pipe).pooled else "eos"
 
 
 class EmbeddingSource(Protocol):
     """Gives z of the prompts that a denoiser is about to be conditioned on."""
 
-    def embed(self, states: Tensor) -> Tensor:
-        """`(P, D)` of the conditional text states `(P, T, D)`."""
+    def embed(self, text: Conditioning) -> Tensor:
+        """`(P, D)` of P prompts."""
         ...
 
     def remove(self) -> None:
@@ -174,13 +210,54 @@ class EmbeddingSource(Protocol):
 class MeanOfStates:
     """z is the mean over tokens of what the denoiser sees; needs no text encoder."""
 
-    def embed(self, states: Tensor) -> Tensor:
+    def embed(self, text: Conditioning) -> Tensor:
         """See `EmbeddingSource.embed`."""
         # One prompt at a time, so that the sum's order does not depend on the batch.
-        return torch.stack([row.double().mean(0) for row in states.detach().cpu()])
+        return torch.stack([row.double().mean(0) for row in text.states.detach().cpu()])
 
     def remove(self) -> None:
         """See `EmbeddingSource.remove`."""
+
+
+class PassedPooled:
+    """z is the pooled embedding that the pipeline passes to the denoiser (SDXL, FLUX)."""
+
+    def embed(self, text: Conditioning) -> Tensor:
+        """See `EmbeddingSource.embed`."""
+        assert text.pooled is not None  # `source_for` has looked at the family
+        return text.pooled.detach().cpu().double()
+
+    def remove(self) -> None:
+        """See `EmbeddingSource.remove`."""
+
+
+def source_for(pipe: Any, pooling: Pooling) -> EmbeddingSource:
+    """Where z of a pipeline's prompts comes from.
+
+    Raises:
+        IncompatibleModelError: the pipeline's family has no such pooled state.
+    """
+    if pooling == "mean":
+        return MeanOfStates()
+    family = family_of(pipe)
+    if pooling == "pooled":
+        if not family.pooled:
+            raise IncompatibleModelError(
+                f"the controller reads the pooled embedding that the denoiser gets, and {type(pipe).__name__} (family "
+                f"{family.name}) passes none: it needs a controller with pooling 'eos' or 'mean'"
+            )
+        return PassedPooled()
+    if family.pooled:
+        raise IncompatibleModelError(
+            f"the controller reads the text encoder's pooled state, and {type(pipe).__name__} (family {family.name}) "
+            "passes one to its denoiser: it needs a controller with pooling 'pooled' or 'mean'"
+        )
+    encoder = getattr(pipe, "text_encoder", None)
+    if not isinstance(encoder, torch.nn.Module):
+        raise IncompatibleModelError(
+            "the controller reads the text encoder's pooled state, and the pipeline has no text encoder"
+        )
+    return EndOfTextState(encoder)
 
 
 class EndOfTextState:
@@ -197,13 +274,13 @@ class EndOfTextState:
         self._encoding_alone = False
         self._handle = text_encoder.register_forward_hook(self._remember, with_kwargs=True)
 
-    def embed(self, states: Tensor) -> Tensor:
+    def embed(self, text: Conditioning) -> Tensor:
         """See `EmbeddingSource.embed`.
 
         Raises:
             IncompatibleModelError: the states are not the text encoder's.
         """
-        found = [self._known.get(_digest(row)) for row in states]
+        found = [self._known.get(_digest(row)) for row in text.states]
         if any(pooled is None for pooled in found):
             raise IncompatibleModelError(
                 "the denoiser's text states are not those that the pipeline's text encoder gave since the recipe "

@@ -19,6 +19,7 @@ from .artefacts import versions
 from .controller import BitController, apply
 from .embeddings import EncodedPrompts, PromptEmbeddings
 from .errors import INSTALL_HINT, ArtefactError, HostError, IncompatibleModelError
+from .families import denoiser_of, family_of
 from .files import folder_written_whole
 from .fitting import fit_ranges
 from .grids import Ranges
@@ -195,8 +196,9 @@ def sample_model(
     else:
         table = PromptEmbeddings.load(model.prompt_embeddings)
         states, empty = table.of(prompts), table.of([""] * len(prompts))
-        call["prompt_embeds"] = states.to(pipe.device, pipe.unet.dtype)
-        call["negative_prompt_embeds"] = empty.to(pipe.device, pipe.unet.dtype)
+        dtype = denoiser_of(pipe).dtype
+        call["prompt_embeds"] = states.to(pipe.device, dtype)
+        call["negative_prompt_embeds"] = empty.to(pipe.device, dtype)
     return pipe(**call).images
 
 
@@ -213,13 +215,25 @@ def sample_encoded(
         output_type: `pil`, `pt` for tensors `(P, 3, H, W)` in 0..1, or `latent` for `(P, C, h, w)`.
     """
     return pipe(
-        prompt_embeds=prompts.states.to(pipe.device, pipe.unet.dtype),
-        negative_prompt_embeds=prompts.empty.expand_as(prompts.states).to(pipe.device, pipe.unet.dtype),
+        **text_arguments(pipe, prompts),
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         generator=[torch.Generator("cpu").manual_seed(noise) for noise in noises],
         output_type=output_type,
     ).images
+
+
+def text_arguments(pipe: Any, prompts: EncodedPrompts) -> dict[str, Tensor]:
+    """P encoded prompts as arguments of a pipeline's call, with the empty prompt for guidance by halves."""
+    family = family_of(pipe)
+    count, dtype = len(prompts.prompts), family.denoiser_of(pipe).dtype
+    given = {"prompt_embeds": prompts.states, "pooled_prompt_embeds": prompts.pooled}
+    if family.guidance == "halves":
+        for name, empty in (("", prompts.empty), ("pooled_", prompts.empty_pooled)):
+            given[f"negative_{name}prompt_embeds"] = (
+                None if empty is None else empty.expand(count, *empty.shape)
+            )
+    return {name: value.to(pipe.device, dtype) for name, value in given.items() if value is not None}
 
 
 def generate(recipe: Recipe, prompts: Sequence[str], settings: Settings, out: Path) -> dict[str, Any]:

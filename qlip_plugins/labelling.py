@@ -16,7 +16,7 @@ from .adapter import load_quality_metric
 from .artefacts import read_tensors, write_tensors
 from .embeddings import EncodedPrompts, Pooling, encode
 from .errors import ArtefactError, IncompatibleModelError, RecipeError
-from .generation import Settings, load_pipeline, noise_seeds, placed
+from .generation import Settings, load_pipeline, noise_seeds, placed, sample_encoded
 from .labels import Labels
 from .processes import Processes, launched
 from .progress import counted
@@ -78,7 +78,7 @@ def label(what: LabelRequest, say: Callable[[str], None]) -> dict[str, Any] | No
     with launched(what.settings.device) as processes:
         pipe = _pipeline(what, processes.device)
         table = what.recipe.model.prompt_embeddings
-        prompts = encode(pipe, table, what.prompts.prompts, what.pooling or "eos")
+        prompts = encode(pipe, table, what.prompts.prompts, what.pooling)
         score = open_quality(what.metric, what.options, pipe, what.prompts, processes.device)
         labelling = Labelling(pipe, prompts, score, what.settings.unnumbered(), what.seeds, what.batch)
         folder = _work_folder(what, labelling, processes)
@@ -337,12 +337,6 @@ def make_labels(
 
 
 def _pictures(pipe: Any, prompts: EncodedPrompts, settings: Settings, noises: Sequence[int]) -> Tensor:
-    images: Tensor = pipe(
-        prompt_embeds=prompts.states.to(pipe.device, pipe.unet.dtype),
-        negative_prompt_embeds=prompts.empty.expand_as(prompts.states).to(pipe.device, pipe.unet.dtype),
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        generator=[torch.Generator("cpu").manual_seed(noise) for noise in noises],
-        output_type="latent" if getattr(pipe, "vae", None) is None else "pt",
-    ).images
+    output_type = "latent" if getattr(pipe, "vae", None) is None else "pt"
+    images: Tensor = sample_encoded(pipe, prompts, settings, noises, output_type)
     return images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -10,28 +11,29 @@ from .state import OPERANDS, SPLIT_SUFFIX
 OPERAND_KIND = "attention_operand"
 
 # The first match in a module path decides; names are those of diffusers' denoisers.
-_KINDS = (
-    ("conv_in", "conv_in"),
-    ("conv_out", "conv_out"),
-    ("time_emb", "time_embedding"),
-    ("add_embedding", "time_embedding"),
-    ("class_embedding", "time_embedding"),
-    ("conv_shortcut", "shortcut"),
-    ("downsamplers", "downsample"),
-    ("upsamplers", "upsample"),
-    ("attn", "attention_projection"),
-    ("ff.", "feed_forward"),
-    ("proj_in", "transformer_projection"),
-    ("proj_out", "transformer_projection"),
-    ("conv1", "resnet"),
-    ("conv2", "resnet"),
+_KINDS = tuple(
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (r"^(conv_in|x_embedder|context_embedder)$", "conv_in"),
+        (r"^(conv_out|proj_out)$", "conv_out"),
+        (r"time_emb|time_text_embed|add_embedding|class_embedding", "time_embedding"),
+        (r"norm[^.]*\.linear$", "modulation"),
+        (r"conv_shortcut", "shortcut"),
+        (r"downsamplers", "downsample"),
+        (r"upsamplers", "upsample"),
+        (r"attn", "attention_projection"),
+        (r"\bff(_context)?\.|\bproj_mlp$|single_transformer_blocks\.\d+\.proj_out$", "feed_forward"),
+        (r"proj_in|proj_out", "transformer_projection"),
+        (r"conv1|conv2", "resnet"),
+    )
 )
 
-UNCONTROLLED = ("conv_in", "conv_out", "time_embedding", "shortcut", "downsample")
+UNCONTROLLED = ("conv_in", "conv_out", "time_embedding", "modulation", "shortcut", "downsample")
 """Kinds that keep their base width (our choice; the paper does not name K).
 
 The paper's BitOPs come out only with shortcuts and downsamplers left at 32 bits (docs/method.md); the
-first, last and time layers are few, and sensitive by common experience.
+first, last and time layers, and those that turn the time into FLUX's modulations, are few or cost next to
+nothing, and are sensitive by common experience.
 """
 
 
@@ -39,7 +41,7 @@ def kind_of(name: str) -> str:
     """The kind of a layer or operand by its name: `resnet`, `feed_forward`, `attention_operand`, ..."""
     if name.rpartition(".")[2] in OPERANDS:
         return OPERAND_KIND
-    return next((kind for part, kind in _KINDS if part in name), "other")
+    return next((kind for pattern, kind in _KINDS if pattern.search(name)), "other")
 
 
 def controlled(names: Iterable[str], attention: bool) -> tuple[str, ...]:

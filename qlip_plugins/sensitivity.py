@@ -21,6 +21,7 @@ from .budget import LinearCost, shift_for
 from .controller import BitController, TablePlanner, load_base, load_ranges
 from .embeddings import EncodedPrompts, encode
 from .errors import ArtefactError, IncompatibleModelError, RecipeError
+from .families import denoiser_of
 from .generation import Settings, load_pipeline, noise_seeds, placed, sample_encoded
 from .grids import Ranges
 from .layers import controlled
@@ -218,7 +219,7 @@ def measure_sensitivity(
     """
     digest = pipeline_digest(pipe)
     pipe = placed(pipe, settings)
-    state = load_base(recipe, pipe.unet)
+    state = load_base(recipe, denoiser_of(pipe))
     layers = controlled(state.activations, attention=recipe.attention == "controlled")
     ranges = load_ranges(recipe.ranges, state)
     widths = sorted(set(widths) - {FULL_PRECISION})
@@ -266,7 +267,7 @@ def _measure(
     """Measure groups of quantizers on one batch, and keep each as it is finished."""
     float_course = one.run()
     timesteps = tuple(dict.fromkeys(float_course.timesteps))
-    quantizers = load_backend(recipe.backend).install(one.pipe.unet, state, ranges)
+    quantizers = load_backend(recipe.backend).install(denoiser_of(one.pipe), state, ranges)
     names = tuple(quantizers)
     planner = TablePlanner(one.plan(names, timesteps, None), quantizers)
     with BitController(one.pipe, state, quantizers, planner) as controller:
@@ -362,7 +363,7 @@ def sensitivity(what: SensitivityRequest) -> dict[str, Any]:
             f"--widths {widths}, --batch-size {what.batch}: expected a width below 32, and a prompt"
         )
     pipe = placed(load_pipeline(what.recipe), what.settings)
-    state = load_base(what.recipe, pipe.unet)
+    state = load_base(what.recipe, denoiser_of(pipe))
     ranges = load_ranges(what.recipe.ranges, state)
     prompts = encode(pipe, what.recipe.model.prompt_embeddings, what.prompts)
     identity = {

@@ -16,6 +16,7 @@ import torch
 
 from .artefacts import versions
 from .errors import ArtefactError, RecipeError
+from .families import denoiser_of
 from .files import file_digest, written_whole
 from .recipe import ModelSection
 
@@ -124,12 +125,13 @@ def identity_of(pipe: Any, model: ModelSection, prompts: Sequence[str]) -> dict[
 def pipeline_digest(pipe: Any) -> str:
     """SHA-256 of a pipeline's scheduler, denoiser and text encoders, wherever they were loaded from."""
     digest = hashlib.sha256()
-    for part in (pipe.scheduler, pipe.unet):
+    denoiser: Any = denoiser_of(pipe)
+    for part in (pipe.scheduler, denoiser):
         # What begins with _ is said by whoever wrote or loaded the files: their version, their path.
         config = {name: value for name, value in dict(part.config).items() if not name.startswith("_")}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
-    for module in filter(None, (pipe.unet, *encoders)):
+    for module in filter(None, (denoiser, *encoders)):
         for name, tensor in module.state_dict().items():
             raw = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
             digest.update(name.encode() + raw.tobytes())

@@ -24,6 +24,7 @@ from qlip_plugins.artefacts import read_tensors, write_tensors
 from qlip_plugins.controller import Planner, apply_base, load_base
 from qlip_plugins.embeddings import PromptEmbeddings
 from qlip_plugins.errors import ArtefactError, RecipeError
+from qlip_plugins.families import denoiser_of
 from qlip_plugins.generation import load_pipeline, placed, sample_model
 from qlip_plugins.progress import counted
 from qlip_plugins.recipe import FULL_PRECISION, Recipe, StaticController
@@ -137,7 +138,7 @@ def fit(what: CorrectionFit, say: Callable[[str], None]) -> dict[str, Any]:
         PromptEmbeddings.load(table).of([*what.prompts, ""])
     recipe = what.recipe.model_copy(update={"correction": None})
     pipe = placed(load_pipeline(recipe), what.settings)
-    state = load_base(recipe, pipe.unet)
+    state = load_base(recipe, denoiser_of(pipe))
     with apply_base(pipe, recipe, state) as controller:
         own = validity_of(recipe, controller)
         variants = variants_of(recipe, controller.planner, what.own_plan)

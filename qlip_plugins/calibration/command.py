@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from ..adapter import CheckpointWriter, load_base_quantizer
 from ..errors import AdapterNotFoundError, IncompatibleModelError, RecipeError
+from ..families import denoiser_of
 from ..generation import load_model, placed
 from ..packed import NAME, check_writable, write_packed
 from ..recipe import ModelSection
@@ -73,7 +74,7 @@ def calibrate_pipeline(
     writer = None if native is None else _writer(settings.scheme)
     for folder in _native_folders(native, settings).values():
         if writer is not None:
-            writer.check_writable(pipe.unet, folder)
+            writer.check_writable(denoiser_of(pipe), folder)
     calibration, finished = calibrate(pipe, model, prompts, settings, work, say)
     write_packed(out, calibration.weights, calibration.grids, calibration.report, ORIGIN)
     written = [out, *_write_native(writer, calibration, _native_folders(native, settings))]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..artefacts import read_tensors, write_tensors
 from ..errors import ArtefactError, IncompatibleModelError
+from ..families import denoiser_of
 from ..generation import Settings, sample_model
 from ..progress import progress
 from ..recipe import ModelSection
@@ -125,7 +126,7 @@ class _Catcher:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        handle = self._pipe.unet.register_forward_pre_hook(self._catch, with_kwargs=True)
+        handle = denoiser_of(self._pipe).register_forward_pre_hook(self._catch, with_kwargs=True)
         try:
             yield
         finally:

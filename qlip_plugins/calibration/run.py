@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapter import load_backend
 from ..embeddings import PromptEmbeddings
 from ..errors import RecipeError
+from ..families import denoiser_of
 from ..grids import ActGrid
 from ..packed import NAME
 from ..progress import counted
@@ -92,23 +93,31 @@ def calibrate(
             not defined on.
     """
     _check_prompts(model, prompts)
-    specs = layer_specs(pipe.unet, settings.rules, settings.weight_bits)
+    denoiser = denoiser_of(pipe)
+    specs = layer_specs(denoiser, settings.rules, settings.weight_bits)
     with _exact_arithmetic():
         folder = CalibrationFolder(work, _identity(pipe, model, prompts, settings))
         inputs, held_out = _inputs(pipe, model, prompts, settings, folder)
-        device = next(pipe.unet.parameters()).device
+        device = next(denoiser.parameters()).device
         call = inputs.call(slice(0, 1), device)
-        units = find_units(pipe.unet, specs, settings.softmax is not None, call)
+        units = find_units(denoiser, specs, settings.softmax is not None, call)
         say(_memory_needed(units, len(inputs)))
-        job = _Job(pipe.unet, copy.deepcopy(pipe.unet).requires_grad_(False), units, inputs, settings, folder)
+        job = _Job(
+            denoiser,
+            copy.deepcopy(denoiser).requires_grad_(False),
+            units,
+            inputs,
+            settings,
+            folder,
+        )
         layers, weight_errors = job.weights()
         grids: dict[int, dict[str, ActGrid]] = {}
         step_errors: dict[int, list[UnitErrors]] = {}
         for bits in settings.activation_bits:
             grids[bits], step_errors[bits] = job.activations(bits)
-        state = _state(pipe.unet, layers, str(model.pipeline))
+        state = _state(denoiser, layers, str(model.pipeline))
         grids = {bits: _in_order(state, found) for bits, found in grids.items()}
-        errors = _model_errors(pipe.unet, state, grids, held_out, settings.batch_size)
+        errors = _model_errors(denoiser, state, grids, held_out, settings.batch_size)
         say(_memory_used(device))
     report = {
         "settings": settings.described(),

@@ -16,6 +16,7 @@ from ..adapter import load_correction
 from ..controller import BitController, apply_base, check_ranges, load_base
 from ..embeddings import EncodedPrompts, encode
 from ..errors import IncompatibleModelError
+from ..families import family_of
 from ..generation import Settings, noise_seeds, sample_encoded
 from ..image_features import ImageFeatures
 from ..metrics import Cost, cost_of
@@ -45,7 +46,7 @@ class Judges:
 
 
 class Pair:
-    """The full-precision model and, on a copy of its UNet, the quantized one; made by `paired`.
+    """The full-precision model and, on a copy of its denoiser, the quantized one; made by `paired`.
 
     Args:
         teacher: the float pipeline, on its device.
@@ -114,7 +115,7 @@ class Pair:
 
 @contextmanager
 def paired(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Iterator[Pair]:
-    """Put a recipe on a copy of a pipeline's UNet, so that both models are at hand.
+    """Put a recipe on a copy of a pipeline's denoiser, so that both models are at hand.
 
     Args:
         pipe: the float pipeline, on its device; it is left as it is.
@@ -133,15 +134,17 @@ def paired(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings
             "safety_checker=None"
         )
     student = copy.copy(pipe)
-    student.unet = copy.deepcopy(pipe.unet)
-    state = load_base(recipe, student.unet)
+    family = family_of(pipe)
+    denoiser = copy.deepcopy(family.denoiser_of(pipe))
+    setattr(student, family.component, denoiser)
+    state = load_base(recipe, denoiser)
     plain = recipe.model_copy(update={"correction": None})
     # Before the prompts are encoded: the planner recognises what the text encoder gives from then on.
     with apply_base(student, plain, state) as controller:
         encoded = encode(pipe, recipe.model.prompt_embeddings, prompts)
         # One generation: plans and costs depend on the calls that are made.
         sample_encoded(student, encoded.only([0]), settings, [0], "latent")
-        plan = controller.plan_for(encoded.states)
+        plan = controller.plan_for(encoded.conditioning)
         yield Pair(pipe, recipe, controller, encoded, settings, plan)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..families import denoiser_of
 from ..pictures import PictureFolder
 from ..prompts import PromptSet
 from ..work import flat, identity_of
@@ -50,7 +51,7 @@ def protocol_of(
         "guidance_scale": settings.guidance_scale,
         "dtype": settings.dtype,
         "device": torch.device(settings.device).type,
-        "latent_size": pipe.unet.config.sample_size,
+        "latent_size": denoiser_of(pipe).config.get("sample_size"),
         "decoder": None if vae is None else _weights_digest(vae),
         "pixels": "rounded to 8 bits, resized by each extractor in its own way",
         "base_fingerprint": pair.controller.state.fingerprint,

@@ -182,7 +182,7 @@ class _Maker:
     def _embeddings(self, controller: TextToBits) -> Tensor:
         prompts = self._pair.prompts
         if controller.config.pooling == "mean" != prompts.pooling:
-            return MeanOfStates().embed(prompts.states)
+            return MeanOfStates().embed(prompts.conditioning)
         if controller.config.pooling != prompts.pooling:
             raise IncompatibleModelError(
                 f"a controller reads embeddings of pooling {controller.config.pooling!r}, these prompts have "

@@ -20,6 +20,7 @@ from ..controller import apply_base, load_base, load_ranges
 from ..embeddings import EncodedPrompts, Pooling, encode
 from ..errors import IncompatibleModelError, RecipeError
 from ..evaluation.run import PRIMARY, Run
+from ..families import denoiser_of
 from ..files import check_replaceable, file_digest
 from ..generation import Settings, load_pipeline, placed, sample_encoded
 from ..labels import Labels
@@ -208,9 +209,12 @@ def labels_of_run(run: Run, allocation: str, pipe: Any, recipe: Recipe) -> Label
 
 def _pooling(labels: Labels) -> Pooling:
     found = labels.facts.get("pooling")
-    if found not in ("eos", "mean"):
-        raise IncompatibleModelError(f"the labels' pooling is {found!r}, a controller reads eos or mean")
-    return "eos" if found == "eos" else "mean"
+    known: dict[Any, Pooling] = {"eos": "eos", "pooled": "pooled", "mean": "mean"}
+    if found not in known:
+        raise IncompatibleModelError(
+            f"the labels' pooling is {found!r}, a controller reads {', '.join(known)}"
+        )
+    return known[found]
 
 
 def _check_embeddings(labels: Labels, pipe: Any, recipe: Recipe) -> None:
@@ -287,7 +291,7 @@ def train_q2b_for(what: Q2BRequest) -> dict[str, Any]:
     texts, population, notes = _texts(what, trained)
     pipe = placed(load_pipeline(what.recipe), what.settings)
     prompts = encode(pipe, what.recipe.model.prompt_embeddings, texts, trained.config.pooling)
-    state = load_base(what.recipe, pipe.unet)
+    state = load_base(what.recipe, denoiser_of(pipe))
     costs = _costs(what, pipe, state, prompts)
     controller = _started(what, pipe, trained, state, prompts, population, costs)
     identity = {

@@ -17,6 +17,7 @@ from ..adapter import ActQuantizer, load_backend
 from ..controller import PromptPlanner, check_ranges, check_something_to_control, load_base, load_ranges
 from ..embeddings import EncodedPrompts, MeanOfStates, Pooling
 from ..errors import IncompatibleModelError
+from ..families import denoiser_of, family_of
 from ..generation import Settings, placed
 from ..layers import controlled
 from ..metrics import count_macs
@@ -118,7 +119,7 @@ def train_controller(
         IncompatibleModelError: base, ranges, T2Q, prompts and pipeline do not belong together.
     """
     pipe = placed(pipe, settings)
-    state = load_base(recipe, pipe.unet)
+    state = load_base(recipe, denoiser_of(pipe))
     text_to_bits = new_controller(
         pipe, recipe, state, t2q, prompts.pooling, settings, origin, group, early, initial_slope
     )
@@ -213,9 +214,9 @@ def train_on_base(
     check_ranges(ranges, recipe, state, PromptPlanner(text_to_bits, MeanOfStates()))
     weights = None
     if training.cost == "macs":
-        weights = mac_weights(pipe.unet, state, text_to_bits.config.layers, prompts.states.shape[1:])
-    teacher = copy.deepcopy(pipe.unet)
-    quantizers = load_backend(recipe.backend).install(pipe.unet, state, ranges)
+        weights = mac_weights(denoiser_of(pipe), state, text_to_bits.config.layers, prompts.states.shape[1:])
+    teacher = copy.deepcopy(denoiser_of(pipe))
+    quantizers = load_backend(recipe.backend).install(denoiser_of(pipe), state, ranges)
     try:
         return train_q2b(pipe, teacher, quantizers, text_to_bits, prompts, settings, training, weights, work)
     finally:
@@ -302,11 +303,13 @@ def train_q2b(
         ArtefactError: the state in `work` is damaged.
         ValueError: weights are given for another cost, or missing, or the slope is to be positive and is not.
     """
+    if not training.trajectories:
+        return []
     _check_trainable(pipe, quantizers, text_to_bits, prompts, settings)
     trainer = _Q2BTrainer(pipe, teacher, quantizers, text_to_bits, prompts, settings, training, weights)
     records = trainer.restore(work)
     try:
-        with _frozen(pipe.unet):
+        with _frozen(denoiser_of(pipe)):
             for number in progress(range(len(records), training.trajectories), "training Q2B"):
                 records.append(trainer.trajectory(number))
                 if work is not None:
@@ -340,12 +343,15 @@ def _check_trainable(
             f"the controller reads embeddings of length {config.embedding_dim}, pooling {config.pooling!r}; the "
             f"prompts have {prompts.embeddings.shape[1]}, {prompts.pooling!r}"
         )
-    if pipe.unet.dtype == torch.float16:
+    family = family_of(pipe)
+    denoiser: Any = family.denoiser_of(pipe)
+    if denoiser.dtype == torch.float16:
         raise IncompatibleModelError("gradients underflow in float16: train in float32 or bfloat16")
-    unet = pipe.unet.config
-    if unet.addition_embed_type is not None or unet.time_cond_proj_dim is not None:
+    if family.name != "sd" or denoiser.config.time_cond_proj_dim is not None:
         raise IncompatibleModelError(
-            f"this {type(pipe.unet).__name__} wants more than text states and a timestep, which training does not give"
+            f"this {type(denoiser).__name__} (family {family.name}) wants more than text states and a timestep, which "
+            "training along trajectories does not give: make a controller with `train q2b --start sensitivity "
+            "--trajectories 0`"
         )
 
 
@@ -405,7 +411,8 @@ class _Q2BTrainer:
         weights: Tensor | None,
     ) -> None:
         self.pipe, self.teacher, self.settings, self.training = pipe, teacher, settings, training
-        self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
+        denoiser: Any = denoiser_of(pipe)
+        self.device, self.dtype = denoiser.device, denoiser.dtype
         self.config = text_to_bits.config
         self.quantizers = [quantizers[name] for name in self.config.layers]
         self.prompts = prompts
@@ -456,13 +463,13 @@ class _Q2BTrainer:
         return states.to(self.device, self.dtype)
 
     def _branches(self, count: int) -> tuple[_Branch, _Branch]:
-        unet = self.pipe.unet
+        unet: Any = denoiser_of(self.pipe)
         shape = (count, unet.config.in_channels, *_sample_size(unet))
         noise = torch.randn(shape, generator=self.generator)
         noise = noise.to(self.device, self.dtype)
         seed = int(torch.randint(2**31, (1,), generator=self.generator))
         teacher = _Branch(self.pipe, self.teacher, self.settings, noise, seed)
-        return teacher, _Branch(self.pipe, self.pipe.unet, self.settings, noise, seed)
+        return teacher, _Branch(self.pipe, unet, self.settings, noise, seed)
 
     def _values(self) -> dict[str, Tensor]:
         """Q2B's own parameters, of those that are learnt."""

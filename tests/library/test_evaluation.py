@@ -21,6 +21,7 @@ from qlip_plugins.evaluation.drawing import draw_pareto
 from qlip_plugins.evaluation.errors import Batch, Judges, Measuring, batches, noises_of, paired
 from qlip_plugins.evaluation.protocol import fingerprint_of
 from qlip_plugins.evaluation.run import Run
+from qlip_plugins.families import Conditioning
 from qlip_plugins.generation import Settings, load_pipeline, noise_seeds, sample_model
 from qlip_plugins.plan import BitPlan
 from qlip_plugins.recipe import Recipe
@@ -128,7 +129,7 @@ def test_a_plan_leaves_nothing_behind_for_the_next() -> None:
         with pytest.raises(IncompatibleModelError, match="quantizers that this base has not: nowhere"):
             pair.check("x", BitPlan(base.bits[:, :, :1], base.timesteps, ("nowhere",)))
         with pytest.raises(BitsError, match="nothing has been generated"):
-            apply(load_pipeline(recipe), recipe).plan_for(torch.zeros(1, 1, 1))
+            apply(load_pipeline(recipe), recipe).plan_for(Conditioning(torch.zeros(1, 1, 1)))
 
 
 def test_noises_are_those_of_generate() -> None:

@@ -16,6 +16,7 @@ from golden_model import GoldenModel
 from qlip_plugins import quality
 from qlip_plugins.embeddings import EncodedPrompts, EndOfTextState, PromptEmbeddings
 from qlip_plugins.errors import ArtefactError, IncompatibleModelError
+from qlip_plugins.families import Conditioning
 from qlip_plugins.generation import Settings, sample
 from qlip_plugins.labelling import make_labels
 from qlip_plugins.labels import Labels, pearson, rank_normalise, spearman
@@ -196,7 +197,7 @@ def test_prompts_are_encoded_as_the_controller_sees_them(text_pipe: Any) -> None
     encoded = EncodedPrompts.from_pipeline(text_pipe, names, "eos")
     source = EndOfTextState(text_pipe.text_encoder)
     states, empty = text_pipe.encode_prompt(names, "cpu", 1, True)
-    assert torch.equal(encoded.embeddings, source.embed(states).float())
+    assert torch.equal(encoded.embeddings, source.embed(Conditioning(states)).float())
     source.remove()
     assert torch.allclose(encoded.states, states, atol=1e-5)
     assert torch.allclose(encoded.empty, empty[0], atol=1e-5)
