@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
 
     fit = verbs.add_parser("fit-ranges", parents=[common], help="fit activation ranges for a recipe's menu")
     _add_sampling(fit)
-    fit.add_argument("--out", type=Path, required=True, help="safetensors file to write; an earlier one is replaced")
+    fit.add_argument(
+        "--out", type=Path, required=True, help="safetensors file to write; an earlier one is replaced"
+    )
     fit.set_defaults(run=_fit_ranges, eta=0.0)
 
     _add_calibrate(verbs, common)
@@ -139,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     correction.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl"
     )
-    correction.add_argument("--out", type=Path, required=True, help="safetensors file to write; an earlier one is replaced")
+    correction.add_argument(
+        "--out", type=Path, required=True, help="safetensors file to write; an earlier one is replaced"
+    )
     correction.add_argument(
         "--own-plan",
         action="store_true",
@@ -267,7 +271,9 @@ def _add_label(verbs: Any, common: argparse.ArgumentParser) -> None:
     label.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="option of the metric; repeatable"
     )
-    label.add_argument("--out", type=Path, required=True, help="safetensors file to write; an earlier one is replaced")
+    label.add_argument(
+        "--out", type=Path, required=True, help="safetensors file to write; an earlier one is replaced"
+    )
     label.add_argument(
         "--seeds",
         type=int,
@@ -298,7 +304,9 @@ def _add_sensitivity(verbs: Any, common: argparse.ArgumentParser) -> None:
     sensitivity.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl"
     )
-    sensitivity.add_argument("--out", type=Path, required=True, help="safetensors file to write; an earlier one is replaced")
+    sensitivity.add_argument(
+        "--out", type=Path, required=True, help="safetensors file to write; an earlier one is replaced"
+    )
     sensitivity.add_argument(
         "--widths",
         type=int,
