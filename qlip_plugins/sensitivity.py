@@ -116,8 +116,8 @@ class Sensitivity:
             )
         if self.ranges_digest != ranges.only(self.widths).digest():
             raise IncompatibleModelError(
-                f"{where}: the sensitivities were measured with other ranges of {', '.join(map(str, self.widths))} bits "
-                "than the recipe's: measure them with these (`qlip-plugins sensitivity`)"
+                f"{where}: the sensitivities were measured with other ranges of {', '.join(map(str, self.widths))} "
+                "bits than the recipe's: measure them with these (`qlip-plugins sensitivity`)"
             )
         if self.layers != layers:
             odd = sorted(set(self.layers) ^ set(layers))
@@ -148,8 +148,8 @@ class Sensitivity:
             )
         if (self.guidance_scale, self.eta) != (settings.guidance_scale, settings.eta):
             raise IncompatibleModelError(
-                f"{where}: the sensitivities were measured at guidance {self.guidance_scale:g} and eta {self.eta:g}, here "
-                f"are {settings.guidance_scale:g} and {settings.eta:g}: {again}"
+                f"{where}: the sensitivities were measured at guidance {self.guidance_scale:g} and eta {self.eta:g}, "
+                f"here are {settings.guidance_scale:g} and {settings.eta:g}: {again}"
             )
         if self.pipeline != pipeline_digest(pipe):
             raise IncompatibleModelError(
