@@ -11,6 +11,9 @@ T = TypeVar("T")
 _LOG_EVERY = 60
 """Seconds between two lines where no terminal shows a bar, such as in a log file."""
 
+_CURSOR_UP = "\x1b[A"
+"""What a bar below another one writes."""
+
 
 def wanted() -> bool:
     """Whether progress bars are drawn: on a terminal, and not in CI."""
@@ -19,7 +22,9 @@ def wanted() -> bool:
 
 def progress(items: Iterable[T], what: str) -> Iterable[T]:
     """`items`, with a bar on the error stream; a line a minute where that is no terminal, nothing in CI."""
-    return items if os.environ.get("CI") else cast("Iterable[T]", _bar(what, iterable=items))
+    if os.environ.get("CI") or _is_helper():
+        return items
+    return cast("Iterable[T]", _bar(what, iterable=items))
 
 
 @contextmanager
@@ -40,6 +45,11 @@ def counted(total: int, what: str) -> Iterator[Callable[[str], None]]:
         yield done
 
 
+def _is_helper() -> bool:
+    """Whether a launcher started this process beside a main one, which does the talking."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 class _Lines:
     """Takes what a bar writes over itself, and gives it to a stream as lines."""
 
@@ -47,8 +57,9 @@ class _Lines:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        if text.strip():
-            self._stream.write(text.strip() + "\n")
+        line = text.replace(_CURSOR_UP, "").strip()
+        if line:
+            self._stream.write(line + "\n")
 
     def flush(self) -> None:
         self._stream.flush()

@@ -100,33 +100,40 @@ class Sensitivity:
         ]
         return torch.stack(columns, dim=-1)
 
-    def check_made_for(self, state: CalibratedState, ranges: Ranges, layers: tuple[str, ...]) -> None:
+    def check_made_for(
+        self, where: Path, state: CalibratedState, ranges: Ranges, layers: tuple[str, ...]
+    ) -> None:
         """Check that the errors are those of a base with its ranges, and of the quantizers that are controlled.
+
+        `where` is the table's file, for messages.
 
         Raises:
             IncompatibleModelError: they are not; says which part differs.
         """
         if self.base_fingerprint != state.fingerprint:
             raise IncompatibleModelError(
-                f"the sensitivities are of the base {self.base_fingerprint[:12]}..., this base is "
+                f"{where}: the sensitivities are of the base {self.base_fingerprint[:12]}..., this base is "
                 f"{state.fingerprint[:12]}...: measure them on this one (`qlip-plugins sensitivity`)"
             )
         if self.ranges_digest != ranges.only(self.widths).digest():
             raise IncompatibleModelError(
-                f"the sensitivities were measured with other ranges of {', '.join(map(str, self.widths))} bits than "
-                "the recipe's: measure them with these (`qlip-plugins sensitivity`)"
+                f"{where}: the sensitivities were measured with other ranges of {', '.join(map(str, self.widths))} "
+                "bits than the recipe's: measure them with these (`qlip-plugins sensitivity`)"
             )
         if self.layers != layers:
             odd = sorted(set(self.layers) ^ set(layers))
             raise IncompatibleModelError(
-                f"the sensitivities are of {len(self.layers)} quantizers, {len(layers)} are controlled (differing: "
-                f"{', '.join(odd[:3]) or 'their order'}): was `attention:` changed?"
+                f"{where}: the sensitivities are of {len(self.layers)} quantizers, {len(layers)} are controlled "
+                f"(differing: {', '.join(odd[:3]) or 'their order'}): was `attention:` changed?"
             )
 
-    def check_measured_on(self, pipe: Any, settings: Settings, timesteps: tuple[float, ...]) -> None:
+    def check_measured_on(
+        self, where: Path, pipe: Any, settings: Settings, timesteps: tuple[float, ...]
+    ) -> None:
         """Check that the errors were measured on a pipeline as it is to be sampled.
 
         Args:
+            where: the table's file, for messages.
             pipe: without a recipe.
             settings: how it is to be sampled.
             timesteps: that it visits.
@@ -137,17 +144,17 @@ class Sensitivity:
         again = "measure them so (`qlip-plugins sensitivity`)"
         if self.timesteps != timesteps:
             raise IncompatibleModelError(
-                f"the sensitivities are of {len(self.timesteps)} timesteps, here are {len(timesteps)}, or others: "
-                f"{again}"
+                f"{where}: the sensitivities are of {len(self.timesteps)} timesteps, here are {len(timesteps)}, or "
+                f"others: {again}"
             )
         if (self.guidance_scale, self.eta) != (settings.guidance_scale, settings.eta):
             raise IncompatibleModelError(
-                f"the sensitivities were measured at guidance {self.guidance_scale:g} and eta {self.eta:g}, here are "
-                f"{settings.guidance_scale:g} and {settings.eta:g}: {again}"
+                f"{where}: the sensitivities were measured at guidance {self.guidance_scale:g} and eta {self.eta:g}, "
+                f"here are {settings.guidance_scale:g} and {settings.eta:g}: {again}"
             )
         if self.pipeline != pipeline_digest(pipe):
             raise IncompatibleModelError(
-                f"the sensitivities were measured on another pipeline (weights or scheduler differ): {again}"
+                f"{where}: the sensitivities were measured on another pipeline (weights or scheduler differ): {again}"
             )
 
     def save(self, path: Path) -> None:
@@ -190,7 +197,9 @@ class Sensitivity:
                 eta=float(facts["eta"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(f"{path}: no sensitivities: {error}") from None
+            raise ArtefactError(
+                f"{path}: no sensitivities, or those of a development version ({error}): measure them again"
+            ) from None
 
 
 def measure_sensitivity(
@@ -217,8 +226,8 @@ def measure_sensitivity(
         ArtefactError: a file that the recipe names is missing or damaged.
         IncompatibleModelError: base, ranges and pipeline do not belong together.
     """
-    digest = pipeline_digest(pipe)
     pipe = placed(pipe, settings)
+    digest = pipeline_digest(pipe)
     state = load_base(recipe, denoiser_of(pipe))
     layers = controlled(state.activations, attention=recipe.attention == "controlled")
     ranges = load_ranges(recipe.ranges, state)
@@ -276,7 +285,13 @@ def _measure(
             columns = []
             for layer in group:
                 controller.follow(one.plan(names, timesteps, layer))
-                columns.append(one.errors(float_course, untouched, timesteps))
+                errors = one.errors(float_course, untouched, timesteps)
+                if not bool(errors.isfinite().all()):
+                    raise IncompatibleModelError(
+                        f"{layer}: with it quantized a prediction is NaN or infinite, prompts "
+                        f"{one.prompts.prompts[0]!r} and following"
+                    )
+                columns.append(errors)
                 done(layer)
             kept.keep(group, torch.stack(columns, dim=2), timesteps)
 
@@ -298,9 +313,10 @@ class _Kept:
             timesteps = tuple(facts.get("timesteps", ()))
             prompts, widths = self._ends
             expected = (prompts, len(timesteps), len(group), widths)
-            if "errors" not in tensors or tuple(tensors["errors"].shape) != expected:
+            errors = tensors.get("errors", torch.empty(0))
+            if tuple(errors.shape) != expected or not bool(errors.isfinite().all()):
                 raise ArtefactError(f"{path}: not what this batch of {prompts} prompts gives; remove it")
-            self._found[group] = tensors["errors"], timesteps
+            self._found[group] = errors, timesteps
         return self._found.get(group)
 
     def keep(self, group: tuple[str, ...], errors: Tensor, timesteps: tuple[float, ...]) -> None:

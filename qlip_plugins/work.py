@@ -129,7 +129,7 @@ def pipeline_digest(pipe: Any) -> str:
     for part in (pipe.scheduler, denoiser):
         # What begins with _ is said by whoever wrote or loaded the files: their version, their path.
         config = {name: value for name, value in dict(part.config).items() if not name.startswith("_")}
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        digest.update(type(part).__name__.encode() + json.dumps(config, sort_keys=True, default=str).encode())
     encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
     for module in filter(None, (denoiser, *encoders)):
         for name, tensor in module.state_dict().items():

@@ -33,7 +33,7 @@ from qlip_plugins.calibration.nearest import nearest_state
 from qlip_plugins.controller import BitController, apply
 from qlip_plugins.families import family_of
 from qlip_plugins.layers import controlled
-from qlip_plugins.packed import write_packed
+from qlip_plugins.packed import read_packed, write_packed
 from qlip_plugins.recipe import Recipe
 from qlip_plugins.text_to_bits import TextToBits, TextToBitsConfig
 
@@ -222,10 +222,9 @@ def qlip_recipe(name: str, pipe: Any, folder: Path, seed: int = 0) -> Recipe:
     """A recipe on disk: a round-to-nearest base and a controller with random parameters."""
     family = family_of(pipe)
     denoiser = family.denoiser_of(pipe)
-    state = nearest_state(denoiser, one_call(name, pipe), 4, BASE_BITS)
-    write_packed(
-        folder / "base", state.with_activations({}), {BASE_BITS: state.activations}, {}, "a test"
-    )
+    made = nearest_state(denoiser, one_call(name, pipe), 4, BASE_BITS)
+    write_packed(folder / "base", made.with_activations({}), {BASE_BITS: made.activations}, {}, "a test")
+    state = read_packed(folder / "base", BASE_BITS)
     found = family.encoded(pipe, "a b")
     pooled = found.pooled if family.pooled else None
     width = 16 if pooled is None else pooled.shape[1]

@@ -146,7 +146,7 @@ def _check(what: EvaluationRequest) -> None:
             raise RecipeError(
                 f"--allocations: {name!r} is no name: letters, digits, space and ._@=+- are allowed"
             )
-    what.wanted.check_distinct()
+    what.wanted.check()
     _check_pictures(what)
     for name, options in what.metrics.items():
         metric_config(name, options)
@@ -176,22 +176,25 @@ def _judges(what: EvaluationRequest, pipe: Any, device: str) -> tuple[Judges, Pi
     if "pictures" in what.skip:
         return Judges({}, {}), None
     if getattr(pipe, "vae", None) is None:
-        if what.references is not None or what.metrics or what.features:
+        if what.references is not None or what.metrics or what.features or what.pictures:
             raise IncompatibleModelError(
                 f"{what.recipe.model.pipeline}: {type(pipe).__name__} has no decoder, so there are no pictures to "
-                "judge: leave out --references, --metric and --features"
+                "judge or keep: leave out --references, --metric, --features and --pictures"
             )
         return Judges({}, {}), None
     references = None if what.references is None else PictureFolder(what.references)
     count = len(what.prompts.prompts) * what.seeds
+    if references is not None and len(references) < LEAST_PICTURES:
+        raise ArtefactError(
+            f"{what.references}: {len(references)} pictures, distances of sets need at least {LEAST_PICTURES}"
+        )
     if references is not None and count < LEAST_PICTURES:
         raise RecipeError(
             f"--references: {count} pictures ({len(what.prompts.prompts)} prompts, --seeds {what.seeds}), their "
             f"distances need at least {LEAST_PICTURES}"
         )
-    features = {
-        text.partition("=")[0]: open_features(text, device) for text in what.features or DEFAULT_FEATURES
-    }
+    named = DEFAULT_FEATURES if what.features is None else what.features
+    features = {text.partition("=")[0]: open_features(text, device) for text in named}
     scores = {
         name: open_quality(name, options, pipe, what.prompts, device)
         for name, options in what.metrics.items()

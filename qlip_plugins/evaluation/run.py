@@ -15,7 +15,7 @@ from ..errors import ArtefactError, RecipeError
 from ..schema import nearest
 
 RUN_FORMAT = "qlip-plugins evaluation"
-RUN_VERSION = 1
+RUN_VERSION = 2
 RUN_NAME = "evaluation.json"
 RESULTS_NAME = "results.safetensors"
 OWNED = (RESULTS_NAME, "pictures", "plans", "pareto.png", "grid.png")

@@ -42,29 +42,43 @@ class Wanted:
     controllers: Mapping[str, Path] | None = None
     sensitivity: Path | None = None
 
-    def check_distinct(self) -> None:
-        """Check that each name stands for one allocation.
+    def check(self) -> None:
+        """Check that each name stands for one allocation with files of its own, and that every controller has one.
 
         Raises:
             RecipeError: it is not so.
         """
-        files = Counter(file_name(name) for name in self.names)
-        twice = [name for name in self.names if files[file_name(name)] > 1]
+        budgets: Sequence[Budget | None] = self.budgets or [None]
+        titles = [FULL] + [
+            title(name, None if _is_fixed(name) else budget, len(self.budgets))
+            for name in self.names
+            if name != FULL
+            for budget in (budgets[:1] if _is_fixed(name) else budgets)
+        ]
+        files = Counter(map(file_name, titles))
+        twice = [one for one in titles if files[file_name(one)] > 1]
         if twice:
-            raise RecipeError(f"--allocations: {', '.join(map(repr, twice))} would write the same files")
-
-    def check_used(self) -> None:
-        """Check that every controller has an allocation.
-
-        Raises:
-            RecipeError: it is not so.
-        """
+            raise RecipeError(
+                f"--allocations: {' and '.join(map(repr, twice))} would write the same files: name each once, and each "
+                "budget"
+            )
         owners = {name.rpartition(_OF)[2] for name in self.names}
         for name, folder in (self.controllers or {}).items():
+            if _is_reserved(name):
+                raise RecipeError(f"--controller {name}={folder}: the name has a meaning already")
             if name not in owners:
                 raise RecipeError(
                     f"--controller {name}={folder}: no allocation uses it, name {name!r} in --allocations"
                 )
+
+
+def _is_fixed(name: str) -> bool:
+    """Whether an allocation has a cost of its own, whatever the budget."""
+    return name == "base" or static_width(name) is not None
+
+
+def _is_reserved(name: str) -> bool:
+    return name in ("recipe", FULL, *CONTROLS) or _is_fixed(name) or _OF in name
 
 
 def alike(plans: Mapping[str, BitPlan]) -> list[str]:
@@ -128,7 +142,7 @@ def allocations_of(pair: Pair, wanted: Wanted, clusters: Sequence[str]) -> dict[
     """
     maker = _Maker(pair, wanted, clusters)
     found: dict[str, BitPlan] = {}
-    fixed = [name for name in wanted.names if name == "base" or static_width(name) is not None]
+    fixed = [name for name in wanted.names if _is_fixed(name)]
     for name in fixed:
         found[name] = pair.base_plan if name == "base" else made(name, maker.situation(pair.recipe_plan))
     others = [name for name in wanted.names if name not in (*fixed, FULL)]
@@ -137,7 +151,6 @@ def allocations_of(pair: Pair, wanted: Wanted, clusters: Sequence[str]) -> dict[
         recipe_plan = maker.recipe_plan(budget)
         for name in others:
             found[title(name, budget, len(wanted.budgets))] = maker.made(name, recipe_plan)
-    wanted.check_used()
     return found
 
 
@@ -158,16 +171,15 @@ class _Maker:
             )
         self._others = {}
         for name, folder in (wanted.controllers or {}).items():
-            if name in ("base", "recipe", FULL, *CONTROLS) or static_width(name) is not None or _OF in name:
-                raise RecipeError(f"--controller {name}={folder}: the name has a meaning already")
             other = TextToBits.from_pretrained(folder)
             other.check_made_for(state.fingerprint, pair.recipe.activation_bits, layers)
             self._others[name] = other
         self._table = None
         if wanted.sensitivity is not None:
             self._table = Sensitivity.load(wanted.sensitivity)
-            self._table.check_made_for(state, pair.controller.ranges, layers)
-            self._table.check_measured_on(pair.teacher, pair.settings, pair.recipe_plan.timesteps)
+            where = wanted.sensitivity
+            self._table.check_made_for(where, state, pair.controller.ranges, layers)
+            self._table.check_measured_on(where, pair.teacher, pair.settings, pair.recipe_plan.timesteps)
 
     def recipe_plan(self, budget: Budget | None) -> BitPlan:
         """The recipe's own plan of all prompts."""

@@ -47,8 +47,9 @@ from .trained_t2q import (
     Split,
     TrainedT2Q,
     TrainedT2QConfig,
-    check_not_held,
+    prompt_digest,
     rows_of,
+    without_held,
 )
 
 _T2Q_WORK = "T2Q training"
@@ -160,7 +161,8 @@ def train_t2q_for(what: T2QRequest) -> dict[str, Any]:
         labels=dict(labels.facts),
         labels_digest=digest,
         split=what.split,
-        held=tuple(sorted(what.split.held_values(labels))),
+        held=tuple(sorted(what.split.held_values(labels))) if labels.tags else (),
+        held_prompts=tuple(prompt_digest(labels.prompts[row]) for row in held),
         training=asdict(what.training),
     )
     TrainedT2Q(config, t2q, RankNormaliser.of(labels)).save_pretrained(what.out, report)
@@ -364,9 +366,8 @@ def _texts(what: Q2BRequest, trained: TrainedT2Q) -> tuple[list[str], list[float
         embeddings = labels.embeddings[_some(rows, _POPULATION)]
         texts = [labels.prompts[row] for row in _some(rows, what.limit)]
         return texts, _qualities(trained.t2q, embeddings), []
-    prompts = read_prompts(what.prompts_file)
-    remark = check_not_held(trained.config, prompts, what.prompts_file)
-    return _some(prompts.prompts, what.limit), [], [] if remark is None else [remark]
+    prompts, remarks = without_held(trained.config, read_prompts(what.prompts_file), what.prompts_file)
+    return _some(prompts.prompts, what.limit), [], remarks
 
 
 def _some(items: Sequence[T], count: int) -> list[T]:
@@ -495,8 +496,9 @@ def _solve(
     assert what.sensitivity is not None
     assert what.budget is not None
     table, menu = Sensitivity.load(what.sensitivity), controller.config.menu.widths
-    table.check_made_for(state, load_ranges(what.recipe.ranges, state), controller.config.layers)
-    table.check_measured_on(pipe, what.settings, controller.config.timesteps)
+    ranges = load_ranges(what.recipe.ranges, state)
+    table.check_made_for(what.sensitivity, state, ranges, controller.config.layers)
+    table.check_measured_on(what.sensitivity, pipe, what.settings, controller.config.timesteps)
     measured = encode(pipe, what.recipe.model.prompt_embeddings, table.prompts, trained.config.pooling)
     quality = torch.tensor(_qualities(trained.t2q, measured.embeddings), dtype=torch.float64)
     cost, target = resolved(what.budget, costs, len(table.timesteps), len(controller.config.layers))

@@ -157,7 +157,8 @@ class TrainedT2QConfig(StrictModel):
         labels: the facts of the label set: metric, sampling.
         labels_digest: SHA-256 of the label set's file.
         split: which of its prompts were held out.
-        held: the values of the split's tag that were, sorted.
+        held: the values of the split's tag that were, sorted; empty where the label set had no tags.
+        held_prompts: `prompt_digest` of each prompt that was.
         training: the settings.
     """
 
@@ -170,6 +171,7 @@ class TrainedT2QConfig(StrictModel):
     labels_digest: str
     split: Split
     held: tuple[str, ...] = Field(strict=False)
+    held_prompts: tuple[str, ...] = Field(strict=False)
     training: dict[str, Any]
 
 
@@ -244,23 +246,43 @@ class TrainedT2Q:
         return cls(config, t2q.eval(), normaliser)
 
 
-def check_not_held(config: TrainedT2QConfig, prompts: PromptSet, path: Path) -> str | None:
-    """Check that prompts which a user names are none of those that a T2Q was to be judged on.
+def without_held(config: TrainedT2QConfig, prompts: PromptSet, path: Path) -> tuple[PromptSet, list[str]]:
+    """Prompts that a user names, without those that a T2Q is to be judged on.
+
+    Args:
+        config: of the T2Q.
+        prompts: of the file.
+        path: of the file, for messages.
 
     Returns:
-        A remark where the file does not say so: it has no tags, or another set of them.
+        The prompts that are left, and remarks.
 
     Raises:
-        RecipeError: some are.
+        RecipeError: none is left.
     """
-    tag = config.split.tag
-    if tag not in prompts.tags:
-        return f"{path} has no tag {tag!r}, so whether T2Q held its prompts out is unknown"
-    held = set(config.held)
-    found = [value for value in prompts.tags[tag] if value in held]
-    if found:
+    texts, tag = set(config.held_prompts), config.split.tag
+    values = prompts.tags.get(tag)
+    held = [
+        prompt_digest(prompt) in texts or (values is not None and values[row] in config.held)
+        for row, prompt in enumerate(prompts.prompts)
+    ]
+    left = [row for row, out in enumerate(held) if not out]
+    if not left:
         raise RecipeError(
-            f"{path}: {len(found)} of {len(prompts.prompts)} prompts have a {tag} that T2Q held out ({found[0]!r}): "
-            "leave them out, to evaluate on"
+            f"{path}: T2Q held out all of its {len(held)} prompts, to be judged on: give others"
         )
-    return None
+    remarks = []
+    if len(left) < len(held):
+        remarks.append(
+            f"{len(held) - len(left)} of {len(held)} prompts of {path} were left out: T2Q held them out"
+        )
+    if values is None and config.held:
+        remarks.append(
+            f"{path} has no tag {tag!r}: other captions of what T2Q held out cannot be told from the rest"
+        )
+    return prompts.only(left), remarks
+
+
+def prompt_digest(prompt: str) -> str:
+    """What stands for a held-out prompt in a T2Q's folder."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]

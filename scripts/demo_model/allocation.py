@@ -8,6 +8,7 @@
     python scripts/demo_model/allocation.py predicted LABELS T2Q         # quality against predicted quality
     python scripts/demo_model/allocation.py maps RUN                     # bit maps of two prompts
     python scripts/demo_model/allocation.py spread RUN SENSITIVITY NAME=FOLDER...  # what differs by how much
+    python scripts/demo_model/allocation.py sums SENSITIVITY             # errors of all quantizers at a width
     python scripts/demo_model/allocation.py pictures RUN                 # the table of a run that judged pictures
 
 A RUN is a folder of `qlip-plugins evaluate`. Each step writes its numbers as JSON or CSV, and its figure, into
@@ -235,6 +236,8 @@ def drop(options: argparse.Namespace) -> None:
     }
     names = [name for name in ("base", "recipe") if name in run.facts["allocations"]] + _widths(run)
     metrics = sorted(name for name in run.of(FULL) if name.startswith("score."))
+    if not metrics or found["noises"] < 2:
+        raise SystemExit(f"{options.run}: needs a run with --metric and at least two noises a prompt")
     figure, axes = plt.subplots(
         1, len(metrics), figsize=(6.5 * len(metrics), 4), layout="constrained", squeeze=False
     )
@@ -263,7 +266,7 @@ def drop(options: argparse.Namespace) -> None:
         one.axhline(0, color="grey", linewidth=0.8)
         one.set_title(metric)
         one.set_xlabel("fifth of the prompts by quality in full precision (5: best), one noise")
-        one.set_ylabel("quality lost, in deviations between prompts, other noises")
+        one.set_ylabel("quality lost (1: a deviation between prompts)")
         one.legend(frameon=False)
         one.grid(alpha=0.3)
     figure.savefig(OUT / "drop.png", dpi=110)
@@ -465,6 +468,17 @@ def spread(options: argparse.Namespace) -> None:
     print(json.dumps(found, indent=1))
 
 
+def sums(options: argparse.Namespace) -> None:
+    """What each width would add to the error if all quantizers had it and errors added up, mean over calls."""
+    table = Sensitivity.load(options.sensitivity)
+    summed = table.errors.double().mean(0).sum(1).mean(0)
+    found = {f"A{width}": float(value) for width, value in zip(table.widths, summed, strict=True)}
+    write_json(
+        OUT / "sums.json", {"prompts": len(table.prompts), "quantizers": len(table.layers), "errors": found}
+    )
+    print(found)
+
+
 def pictures(options: argparse.Namespace) -> None:
     """Costs, errors, distances and scores of a run, without the paths of the machine that made it."""
     facts = Run.load(options.run).facts
@@ -494,7 +508,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     steps = parser.add_subparsers(required=True)
-    for step in (fair, premise, drop, paired, ladder, predicted, maps, spread, pictures):
+    for step in (fair, premise, drop, paired, ladder, predicted, maps, spread, sums, pictures):
         one = steps.add_parser(step.__name__)
         one.set_defaults(run_step=step)
         if step is fair:
@@ -504,7 +518,7 @@ def main() -> None:
             one.add_argument("run", type=Path)
         if step in (premise, ladder, predicted):
             one.add_argument("labels", type=Path)
-        if step is spread:
+        if step in (spread, sums):
             one.add_argument("sensitivity", type=Path)
         if step in (ladder, spread):
             one.add_argument("controllers", nargs="+", metavar="NAME=FOLDER")

@@ -210,6 +210,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         (["--seeds", "0"], 2, "at least one"),
         (["--set", "k=3"], 2, "there is no --metric"),
         (["--references", "nowhere"], 4, "has no decoder"),
+        (["--pictures", "2"], 4, "has no decoder"),
+        (["--features", "demo"], 4, "has no decoder"),
         (["--metric", "knn"], 2, "no quality metric 'knn'"),
     ],
 )

@@ -34,6 +34,7 @@ from qlip_plugins.work import WorkFolder
 
 SETTINGS = Settings(steps=3, guidance_scale=2.0)
 MENU = (4, 6, 8)
+FILE = Path("s.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +107,15 @@ def test_the_verb_writes_what_the_call_measures(
 
 def test_a_table_belongs_to_how_it_was_sampled(measured: Sensitivity, model: GoldenModel) -> None:
     pipe = model.pipe()
-    measured.check_measured_on(pipe, SETTINGS, measured.timesteps)
+    measured.check_measured_on(FILE, pipe, SETTINGS, measured.timesteps)
     with pytest.raises(IncompatibleModelError, match="measured at guidance 2 and eta 0, here are 3 and 0"):
-        measured.check_measured_on(pipe, replace(SETTINGS, guidance_scale=3.0), measured.timesteps)
+        measured.check_measured_on(FILE, pipe, replace(SETTINGS, guidance_scale=3.0), measured.timesteps)
     with pytest.raises(IncompatibleModelError, match="of 3 timesteps, here are 2"):
-        measured.check_measured_on(pipe, SETTINGS, measured.timesteps[1:])
+        measured.check_measured_on(FILE, pipe, SETTINGS, measured.timesteps[1:])
     with torch.no_grad():
         next(pipe.unet.parameters()).add_(0.001)
     with pytest.raises(IncompatibleModelError, match="another pipeline"):
-        measured.check_measured_on(pipe, SETTINGS, measured.timesteps)
+        measured.check_measured_on(FILE, pipe, SETTINGS, measured.timesteps)
 
 
 def test_an_interrupted_measurement_goes_on_within_a_batch(
@@ -140,13 +141,13 @@ def test_a_table_belongs_to_a_base_its_ranges_and_its_quantizers(
 ) -> None:
     state = states["w4a8"]
     ranges = load_ranges(recipe.ranges, state)
-    measured.check_made_for(state, ranges, measured.layers)
+    measured.check_made_for(FILE, state, ranges, measured.layers)
     with pytest.raises(IncompatibleModelError, match="of the base"):
-        replace(measured, base_fingerprint="0" * 64).check_made_for(state, ranges, measured.layers)
+        replace(measured, base_fingerprint="0" * 64).check_made_for(FILE, state, ranges, measured.layers)
     with pytest.raises(IncompatibleModelError, match="other ranges"):
-        replace(measured, ranges_digest="0" * 64).check_made_for(state, ranges, measured.layers)
+        replace(measured, ranges_digest="0" * 64).check_made_for(FILE, state, ranges, measured.layers)
     with pytest.raises(IncompatibleModelError, match="are controlled"):
-        measured.check_made_for(state, ranges, measured.layers[1:])
+        measured.check_made_for(FILE, state, ranges, measured.layers[1:])
     with pytest.raises(IncompatibleModelError, match="4 was not measured"):
         measured.of_menu((4, 8, 16))
     assert float(measured.of_menu((8, 16, 32))[..., 2].abs().max()) == 0

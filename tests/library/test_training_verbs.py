@@ -17,6 +17,7 @@ from qlip_plugins.labels import Labels
 from qlip_plugins.recipe import Recipe
 from qlip_plugins.text_to_bits import TextToBits
 from qlip_plugins.training import TrainedT2Q, q2b, t2q
+from qlip_plugins.training.trained_t2q import prompt_digest
 
 RECIPE = "golden-w4a8"
 PROMPTS = [f"row {row}" for row in range(48)]
@@ -182,21 +183,46 @@ def test_q2b_refuses_what_does_not_belong_together(
     assert not out.exists()
 
 
+def q2b_prompts(tmp_path: Path, rows: list[dict[str, str]]) -> tuple[int, list[str]]:
+    """What `train q2b` returns, and the prompts that it trained on, given a prompt file."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "controller"
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    code = main(q2b_command(tmp_path / "t2q", prompts, out, "--trajectories", "0"))
+    return code, json.loads((out / "training.json").read_text())["prompts"] if code == 0 else []
+
+
 def test_prompts_that_t2q_held_out_are_no_training_prompts(
     labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(t2q_command(labels, tmp_path / "t2q", "--split-by", "concept", "--held-share", "0.5")) == 0
-    held = TrainedT2Q.from_pretrained(tmp_path / "t2q").config.held
-    assert held
-    rows = [{"prompt": "row 1", "concept": held[0]}, {"prompt": "row 2", "concept": "elsewhere"}]
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("\n".join(map(json.dumps, rows)))
-    command = q2b_command(tmp_path / "t2q", prompts, tmp_path / "controller", "--trajectories", "0")
-    assert main(command) == 2
-    assert f"1 of 2 prompts have a concept that T2Q held out ({held[0]!r})" in capsys.readouterr().err
-    prompts.write_text(json.dumps({"prompt": "row 2"}))
-    assert main(command) == 0
-    assert "has no tag 'concept', so whether T2Q held its prompts out is unknown" in capsys.readouterr().out
+    config = TrainedT2Q.from_pretrained(tmp_path / "t2q").config
+    made = Labels.load(labels)
+    out = made.prompts[made.tags["concept"].index(config.held[0])]
+    stays = next(
+        p for p, concept in zip(made.prompts, made.tags["concept"], strict=True) if concept not in config.held
+    )
+    other = {"prompt": "row 0", "concept": config.held[0]}
+    rows = [{"prompt": stays, "concept": "elsewhere"}, {"prompt": out, "concept": "elsewhere"}, other]
+    assert q2b_prompts(tmp_path, rows) == (0, [stays])
+    assert "2 of 3 prompts" in capsys.readouterr().out
+    assert q2b_prompts(tmp_path, [{"prompt": stays}, {"prompt": out}]) == (0, [stays])
+    shown = capsys.readouterr().out
+    assert "1 of 2 prompts" in shown
+    assert "has no tag 'concept'" in shown
+    assert q2b_prompts(tmp_path, rows[1:])[0] == 2
+    assert "held out all of its 2 prompts" in capsys.readouterr().err
+
+
+def test_without_tags_the_held_prompts_themselves_are_known(tmp_path: Path, labels: Path) -> None:
+    made = Labels.load(labels)
+    Labels(made.prompts, made.embeddings, made.scores, made.facts, {}).save(labels)
+    assert main(t2q_command(labels, tmp_path / "t2q", "--held-share", "0.5")) == 0
+    config = TrainedT2Q.from_pretrained(tmp_path / "t2q").config
+    assert config.held == ()
+    held = [prompt for prompt in made.prompts if prompt_digest(prompt) in config.held_prompts]
+    assert len(held) == len(made.prompts) // 2
+    rows = [{"prompt": prompt, "concept": "x"} for prompt in made.prompts[:8]]
+    assert set(q2b_prompts(tmp_path, rows)[1]) == {p for p in made.prompts[:8] if p not in held}
 
 
 class _KilledError(Exception):
