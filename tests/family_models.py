@@ -88,6 +88,7 @@ def _vae(channels: int) -> AutoencoderKL:
         norm_num_groups=2,
         latent_channels=channels,
         sample_size=16,
+        shift_factor=0.0,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).eval()
@@ -243,8 +244,10 @@ def qlip_recipe(name: str, pipe: Any, folder: Path, seed: int = 0) -> Recipe:
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in (*controller.q2b.parameters(), *controller.t2q.parameters()):
+        for parameter in controller.q2b.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 2)
+        for parameter in controller.t2q.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
     controller.save_pretrained(folder / "controller")
     pipe.save_pretrained(folder / "pipeline") if name != "flux" else (folder / "pipeline").mkdir()
     text = f"""
