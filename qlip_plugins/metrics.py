@@ -30,6 +30,9 @@ KEPT_BY_PAPER = ("shortcut", "downsample")
 _LAYER_NORM_OPERATIONS = 4
 """Operations an element of a LayerNorm, as the thop profiler counts an affine one."""
 
+_QUERIES = ("to_q", "add_q_proj")
+_KEYS = ("to_k", "add_k_proj")
+
 _FULL_COST = FULL_PRECISION * FULL_PRECISION
 
 
@@ -75,13 +78,18 @@ def count_macs(denoiser: nn.Module, sample_inputs: Mapping[str, Any] | Sequence[
     keywords = dict(sample_inputs) if isinstance(sample_inputs, Mapping) else {}
     positional = [] if isinstance(sample_inputs, Mapping) else list(sample_inputs)
     counts = MacCounts(rows=_rows(keywords, positional))
-    lengths: dict[str, dict[str, Tensor]] = {}
-    with torch.no_grad(), _counting(denoiser, counts, lengths):
+    projected: dict[str, dict[str, Tensor]] = {}
+    with torch.no_grad(), _counting(denoiser, counts, projected):
         denoiser(*_moved(positional, device), **_moved(keywords, device))
-    for attention, found in lengths.items():
-        if len(found) == 2:
-            query, key = found["to_q"], found["to_k"]
-            counts.products[attention] = query[0].numel() * key.shape[1]
+    for attention, found in projected.items():
+        queries, keys = (
+            [found[name] for name in names if name in found] for names in (_QUERIES, _KEYS)
+        )
+        if queries and keys:
+            # Where image and text attend together, each has projections of its own.
+            counts.products[attention] = sum(query[0].numel() for query in queries) * sum(
+                key.shape[1] for key in keys
+            )
     return counts
 
 
@@ -106,7 +114,7 @@ def _rows(keywords: Mapping[str, Any], positional: Sequence[Any]) -> int:
 
 @contextmanager
 def _counting(
-    denoiser: nn.Module, counts: MacCounts, lengths: dict[str, dict[str, Tensor]]
+    denoiser: nn.Module, counts: MacCounts, projected: dict[str, dict[str, Tensor]]
 ) -> Iterator[None]:
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def count(module: nn.Module, args: Any, out: Tensor) -> None:
@@ -117,8 +125,8 @@ def _counting(
             weight: Any = module.weight
             counts.layers[name] = counts.layers.get(name, 0.0) + elements * math.prod(weight.shape[1:])
             attention, _, part = name.rpartition(".")
-            if part in ("to_q", "to_k"):
-                lengths.setdefault(attention, {})[part] = out
+            if part in (*_QUERIES, *_KEYS):
+                projected.setdefault(attention, {})[part] = out
 
         return count
 

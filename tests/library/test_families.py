@@ -1,4 +1,4 @@
-"""Every family, steered: the right prompt's bits in every call, whatever the scheduler, or a refusal with its reason."""
+"""Every family, steered: the right prompt's bits in every call, whatever the scheduler, or a refusal that says why."""
 
 from __future__ import annotations
 
