@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_label(verbs, common)
     _add_sensitivity(verbs, common)
     _add_train(verbs, common)
+    _add_forecast(verbs, common)
     _add_evaluate(verbs, common)
     _add_compare(verbs, common)
 
@@ -509,6 +510,30 @@ def _add_compare(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     compare.add_argument("--force", action="store_true", help="compare runs of different protocols")
     compare.set_defaults(run=_compare)
+
+
+def _add_forecast(verbs: Any, common: argparse.ArgumentParser) -> None:
+    forecast = verbs.add_parser(
+        "forecast",
+        parents=[common],
+        help="say what a recipe will do to prompts, before any picture is made",
+    )
+    forecast.add_argument("prompt", nargs="*", metavar="PROMPT")
+    forecast.add_argument("--prompts", type=Path, metavar="FILE", help="more of them, one a line, or .jsonl")
+    forecast.add_argument(
+        "--recipe",
+        default="demo-qlip-468-solved",
+        help="file, or name of a shipped recipe (default demo-qlip-468-solved)",
+    )
+    _add_budget(forecast)
+    forecast.add_argument("--steps", type=_steps, default=25, help="inference steps (default 25)")
+    forecast.add_argument(
+        "--guidance", type=_scale, default=7.5, metavar="SCALE", help="1 or less: none (default 7.5)"
+    )
+    forecast.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write the plan, and its picture of each prompt"
+    )
+    forecast.set_defaults(run=_forecast)
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
@@ -1004,6 +1029,23 @@ def _compare(options: argparse.Namespace) -> int:
     if options.out is not None:
         _say(f"wrote {options.out}/; open {options.out / 'index.html'}")
     check_gates(found)
+    return 0
+
+
+def _forecast(options: argparse.Namespace) -> int:
+    recipe = _budgeted(options)
+    prompts = [*options.prompt, *(read_prompts(options.prompts).prompts if options.prompts else ())]
+    if not prompts:
+        raise RecipeError("forecast: no prompt: name some, or a file of them with --prompts")
+    from .forecast import forecast, write_forecast
+    from .generation import Settings
+
+    found = forecast(recipe, prompts, Settings(steps=options.steps, guidance_scale=options.guidance))
+    if options.out is not None:
+        write_forecast(found, options.out)
+    _print(found.to_dict(), str(found), options.json)
+    if options.out is not None:
+        _say(f"wrote {options.out}/ ({len(prompts)} pictures of bits, plan.safetensors, forecast.json)")
     return 0
 
 

@@ -6,8 +6,8 @@ import hashlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Container, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
@@ -344,7 +344,12 @@ class BitController:
             BitsError: nothing has been generated yet.
         """
         self._check_generated()
-        return GenerationCosts(self, [timestep for timestep, _ in self._visits.elements()])
+        return self._costs([timestep for timestep, _ in self._visits.elements()])
+
+    def _costs(self, calls: list[float]) -> GenerationCosts:
+        return GenerationCosts(
+            self.counts, self.state.weight_bits(), self.base_bits(), self.planner.layers, calls
+        )
 
     @property
     def visits(self) -> Visits:
@@ -491,7 +496,7 @@ class BitController:
                 "`correction:`"
             )
         calls = [float(timestep) for timestep in timesteps.tolist()]
-        costs = GenerationCosts(self, calls)
+        costs = self._costs(calls)
         plan = self.planner.plan(call.conditioning(copies), tuple(dict.fromkeys(calls)), costs)
         # A callback may swap the text states in mid-run (to end guidance, say): the same generation.
         if timesteps is not seen_timesteps or self._plan is None or plan.digest() != self._plan.digest():
@@ -514,11 +519,7 @@ class BitController:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             denoiser: Any = self._denoiser
             twin = type(denoiser).from_config(denoiser.config)
-        counts = count_macs(twin, _on_meta(self._call))
-        counts.first_parts = {
-            name: layer.split / layer.shape[1] for name, layer in self.state.layers.items() if layer.split
-        }
-        return counts
+        return with_splits(count_macs(twin, _on_meta(self._call)), self.state)
 
     def _range_losses(self) -> dict[str, dict[int, dict[str, float]]]:
         return {
@@ -536,25 +537,34 @@ class GenerationCosts:
     """See `budget.Costs`.
 
     Args:
-        controller: of the pipeline.
-        calls: the timesteps of the generation.
+        counts: gives the MACs of one call; asked only where a cost is needed.
+        weight_bits: by layer.
+        base_bits: of every activation quantizer.
+        layers: K, those that a plan sets.
+        calls: the timesteps of the generation's calls.
     """
 
-    controller: BitController
+    counts: Callable[[], MacCounts]
+    weight_bits: Mapping[str, int]
+    base_bits: Mapping[str, int]
+    layers: tuple[str, ...]
     calls: list[float]
 
     def bitops(self) -> LinearCost:
         """See `budget.Costs.bitops`."""
-        owner = self.controller
-        counts, weight_bits = owner.counts(), owner.state.weight_bits()
-        return LinearCost.bitops(counts, weight_bits, owner.base_bits(), owner.planner.layers, self.calls)
+        return LinearCost.bitops(self.counts(), self.weight_bits, self.base_bits, self.layers, self.calls)
 
     def base_bitops(self) -> float:
         """See `budget.Costs.base_bitops`."""
-        base = self.controller.base_bits()
-        row = torch.tensor([base[name] for name in self.controller.planner.layers])
+        row = torch.tensor([self.base_bits[name] for name in self.layers])
         cost = self.bitops()
         return float(cost.of(row.expand(1, *cost.per_bit.shape)))
+
+
+def with_splits(counts: MacCounts, state: CalibratedState) -> MacCounts:
+    """MACs, with what a base says of inputs that it splits."""
+    first_parts = {name: layer.split / layer.shape[1] for name, layer in state.layers.items() if layer.split}
+    return replace(counts, first_parts=first_parts)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ sample, where the text is, how guidance lays out its calls. Everything else in t
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,8 @@ class Family:
         encoders: text encoders of a pipeline.
         encode_options: what its `encode_prompt` is called with beside the prompt.
         places: where its result holds the states and the pooled embedding (None: it does not).
+        example: the arguments of one call for a picture of the model's own size.
+        schedule: the timesteps of that picture's calls, in order.
         ldm_names: whether Q-Diffusion's and PTQD's files of such models exist (`ldm_names.py`).
     """
 
@@ -70,6 +74,8 @@ class Family:
     encoders: tuple[str, ...] = ("text_encoder",)
     encode_options: Mapping[str, Any] = field(default_factory=dict)
     places: tuple[int, int | None] = (0, None)
+    example: Callable[[Any, Conditioning], dict[str, Any]] = field(kw_only=True, repr=False)
+    schedule: Callable[[Any, int], list[float]] = field(kw_only=True, repr=False)
     ldm_names: bool = False
 
     def denoiser_of(self, pipe: Any) -> Any:
@@ -79,8 +85,10 @@ class Family:
     @torch.no_grad()
     def encoded(self, pipe: Any, prompt: str) -> Conditioning:
         """One prompt as one of its pipelines encodes it."""
+        # Where the encoder is, not `pipe.device`: the denoiser may be elsewhere, or hold no data.
+        device = getattr(pipe, self.encoders[0]).device
         found = pipe.encode_prompt(
-            prompt=prompt, device=pipe.device, num_images_per_prompt=1, **self.encode_options
+            prompt=prompt, device=device, num_images_per_prompt=1, **self.encode_options
         )
         states, pooled = self.places
         return Conditioning(found[states], None if pooled is None else found[pooled])
@@ -90,6 +98,65 @@ class Family:
         return type(denoiser).__name__ == self.denoiser and all(
             denoiser.config.get(key) == value for key, value in self.config.items()
         )
+
+
+def _unet_call(denoiser: Any, text: Conditioning) -> dict[str, Any]:
+    size = denoiser.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "sample": torch.zeros(1, denoiser.config.in_channels, height, width),
+        "timestep": torch.zeros(()),
+        "encoder_hidden_states": text.states[:1],
+        "return_dict": False,
+    }
+
+
+def _sdxl_call(denoiser: Any, text: Conditioning) -> dict[str, Any]:
+    assert text.pooled is not None
+    sizes = torch.zeros(1, 6)
+    return _unet_call(denoiser, text) | {
+        "added_cond_kwargs": {"text_embeds": text.pooled[:1], "time_ids": sizes}
+    }
+
+
+def _flux_call(denoiser: Any, text: Conditioning) -> dict[str, Any]:
+    assert text.pooled is not None
+    return {
+        "hidden_states": torch.zeros(1, _FLUX_PATCHES, denoiser.config.in_channels),
+        "encoder_hidden_states": text.states[:1],
+        "pooled_projections": text.pooled[:1],
+        "timestep": torch.zeros(1),
+        "guidance": torch.ones(1) if denoiser.config.guidance_embeds else None,
+        "img_ids": torch.zeros(_FLUX_PATCHES, 3),
+        "txt_ids": torch.zeros(text.states.shape[1], 3),
+        "return_dict": False,
+    }
+
+
+_FLUX_PATCHES = 64 * 64
+"""Of a picture of 1024 pixels: latents of 128 x 128, taken 2 x 2 at a time."""
+
+
+def _plain_schedule(scheduler: Any, steps: int) -> list[float]:
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    return [float(timestep) for timestep in scheduler.timesteps.tolist()]
+
+
+def _flux_schedule(scheduler: Any, steps: int) -> list[float]:
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+    scheduler, config = copy.deepcopy(scheduler), scheduler.config
+    mu = calculate_shift(
+        _FLUX_PATCHES,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+    timesteps, _ = retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
+    return [float(timestep) for timestep in timesteps.tolist()]
 
 
 FAMILIES = (
@@ -103,6 +170,8 @@ FAMILIES = (
         states="encoder_hidden_states",
         guidance="halves",
         encode_options={"do_classifier_free_guidance": False},
+        example=_unet_call,
+        schedule=_plain_schedule,
         ldm_names=True,
     ),
     Family(
@@ -117,6 +186,8 @@ FAMILIES = (
         encoders=("text_encoder", "text_encoder_2"),
         encode_options={"prompt_2": None, "do_classifier_free_guidance": False},
         places=(0, 2),
+        example=_sdxl_call,
+        schedule=_plain_schedule,
     ),
     Family(
         name="flux",
@@ -131,8 +202,14 @@ FAMILIES = (
         encoders=("text_encoder", "text_encoder_2"),
         encode_options={"prompt_2": None},
         places=(0, 1),
+        example=_flux_call,
+        schedule=_flux_schedule,
     ),
 )
+
+
+COMPONENTS = tuple(dict.fromkeys(family.component for family in FAMILIES))
+"""Attributes of pipelines that may be a denoiser."""
 
 
 def family_of(pipe: Any) -> Family:
@@ -156,7 +233,7 @@ def family_of(pipe: Any) -> Family:
     found = next(
         (
             f"{name}: {type(part).__name__}"
-            for name in dict.fromkeys(family.component for family in FAMILIES)
+            for name in COMPONENTS
             if isinstance(part := getattr(pipe, name, None), nn.Module)
         ),
         "none",

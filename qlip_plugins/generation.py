@@ -19,7 +19,7 @@ from .artefacts import versions
 from .controller import BitController, apply
 from .embeddings import EncodedPrompts, PromptEmbeddings
 from .errors import INSTALL_HINT, ArtefactError, HostError, IncompatibleModelError
-from .families import denoiser_of, family_of
+from .families import COMPONENTS, denoiser_of, family_of
 from .files import folder_written_whole
 from .fitting import fit_ranges
 from .grids import Ranges
@@ -70,6 +70,10 @@ def load_model(model: ModelSection) -> Any:
         ArtefactError: the folder is missing or holds no pipeline.
         HostError: the named package is not installed.
     """
+    return _loaded(model, {})
+
+
+def _loaded(model: ModelSection, without: dict[str, None]) -> Any:
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
@@ -81,7 +85,7 @@ def load_model(model: ModelSection) -> Any:
         raise ArtefactError(f"{source}: no such pipeline folder")
     try:
         # A pipeline with precomputed embeddings may come without an encoder or decoder.
-        absent = _absent_components(Path(source)) if local else {}
+        absent = {**without, **(_absent_components(Path(source)) if local else {})}
         pipe = DiffusionPipeline.from_pretrained(str(source), local_files_only=local, **absent)
     except (OSError, ValueError) as error:
         what = (
@@ -92,6 +96,35 @@ def load_model(model: ModelSection) -> Any:
         raise ArtefactError(f"{source}: {what}: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=not wanted())
     _in_float32(pipe)
+    return pipe
+
+
+def load_text_side(model: ModelSection) -> Any:
+    """A pipeline whose denoiser holds no data, and which has no decoder: enough to encode and to count.
+
+    Raises:
+        ArtefactError: as of `load_model`.
+        HostError: likewise.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise HostError(f"diffusers cannot be imported ({error}): {INSTALL_HINT}") from None
+    source = model.pipeline
+    local = isinstance(source, Path)
+    try:
+        index = diffusers.DiffusionPipeline.load_config(str(source), local_files_only=local)
+        found = [name for name in COMPONENTS if name in index]
+        if not found:
+            raise ArtefactError(f"{source}: no denoiser among its parts ({', '.join(COMPONENTS)})")
+        kind = getattr(diffusers, index[found[0]][1])
+        config = kind.load_config(str(source), subfolder=found[0], local_files_only=local)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ArtefactError(f"{source}: not a diffusers pipeline: {str(error).splitlines()[0]}") from None
+    pipe = _loaded(model, {name: None for name in (found[0], "vae", "safety_checker") if name in index})
+    # Making it must not move the random numbers that pictures are drawn with.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        setattr(pipe, found[0], kind.from_config(config).eval())
     return pipe
 
 

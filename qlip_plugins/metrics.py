@@ -82,9 +82,7 @@ def count_macs(denoiser: nn.Module, sample_inputs: Mapping[str, Any] | Sequence[
     with torch.no_grad(), _counting(denoiser, counts, projected):
         denoiser(*_moved(positional, device), **_moved(keywords, device))
     for attention, found in projected.items():
-        queries, keys = (
-            [found[name] for name in names if name in found] for names in (_QUERIES, _KEYS)
-        )
+        queries, keys = ([found[name] for name in names if name in found] for names in (_QUERIES, _KEYS))
         if queries and keys:
             # Where image and text attend together, each has projections of its own.
             counts.products[attention] = sum(query[0].numel() for query in queries) * sum(

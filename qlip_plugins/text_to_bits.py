@@ -56,6 +56,8 @@ class TextToBitsConfig(StrictModel):
         origin: how it came to be, in words: trained (on what), or set by hand.
         population: predicted qualities of prompts that stand for all, for budgets that their mean is to
             meet; may be empty.
+        quality_error: how far predicted qualities lay off on prompts that T2Q had not seen, root mean square;
+            None where nobody has looked. No plan depends on it.
     """
 
     format: Literal["qlip-plugins controller"] = FORMAT
@@ -71,6 +73,7 @@ class TextToBitsConfig(StrictModel):
     base_fingerprint: str
     origin: str
     population: tuple[float, ...] = Field(strict=False, default=())
+    quality_error: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -153,7 +156,7 @@ class TextToBits(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 of sizes and weights."""
-        left = set() if self.config.population else {"population"}
+        left = {"quality_error"} if self.config.population else {"quality_error", "population"}
         found = hashlib.sha256(self.config.model_dump_json(exclude=left).encode())
         for name, tensor in self.state_dict().items():
             found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -1,7 +1,7 @@
 """The families at their true sizes: what is controlled, what is left, what a call costs (docs/families.md).
 
-    python scripts/families.py structure                  # on a CPU, without weights; writes docs/families/structure.json
-    python scripts/families.py run NAME --device cuda --out FOLDER   # a generation under a plan, random weights
+    python scripts/families.py structure               # on a CPU, without weights; docs/families/structure.*
+    python scripts/families.py run NAME --device cuda  # a generation under a plan, with random weights
 
 `structure` compares every figure with torch's own counter of floating-point operations.
 """
@@ -148,15 +148,16 @@ def _accounted(denoiser: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
 
 def _table(found: dict[str, Any]) -> str:
     lines = [
-        "| | parameters | conv and linear | controlled | left at the base's width | of no known kind | GMACs a call, layers "
-        "| products of attention | torch's counter says | BitOPs W32A32 | W4A16 | W4A10.58 | W4A8 |",
+        "| | parameters | conv and linear | controlled | left at the base's width | of no known kind "
+        "| GMACs a call, layers | products of attention | torch's counter says | BitOPs W32A32 | W4A16 | W4A10.58 | W4A8 |",
         "|---" * 13 + "|",
     ]
     for name, entry in found.items():
         costs = entry["BitOPs paper, 51 calls (T)"].values()
         left = ", ".join(f"{kind} {count}" for kind, count in entry["left"].items())
         lines.append(
-            f"| {name} | {entry['parameters'] / 1e6:,.0f} M | {entry['layers']} | {sum(entry['controlled'].values())} | "
+            f"| {name} | {entry['parameters'] / 1e6:,.0f} M | {entry['layers']} "
+            f"| {sum(entry['controlled'].values())} | "
             f"{sum(entry['left'].values())} ({left}) | {entry['of no known kind']} | {entry['GMACs of layers']:,.3f} | "
             f"{entry[_PRODUCTS]:,.3f} | {entry[_COUNTER]:,.3f} {'(equal)' if entry['agrees'] else '(DIFFERS)'} | "
             + " | ".join(f"{cost:.2f}" for cost in costs)

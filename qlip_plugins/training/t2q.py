@@ -266,7 +266,13 @@ def _judge(t2q: T2Q, labels: Labels, rows: Mapping[str, list[int]]) -> dict[str,
     rho = labels.reliability(held)
     return {
         "rows": {name: len(picked) for name, picked in rows.items()},
-        **{name: _agreement(predicted, labels.targets, picked) for name, picked in rows.items()},
+        **{
+            name: {
+                **_agreement(predicted, labels.targets, picked),
+                "rmse": float((predicted - labels.targets)[picked].double().square().mean().sqrt()),
+            }
+            for name, picked in rows.items()
+        },
         "trivial": {name: _agreement(guess, labels.targets, held) for name, guess in trivial.items()},
         "rho": labels.reliability(),
         "held_rho": rho,
