@@ -76,12 +76,12 @@ class Forecast:
             fab = "     -" if cost.fab is None else f"{cost.fab:6.2f}"
             relative = cost.bitops_paper / self.base_bitops
             lines.append(
-                f"{self._quality(cost):15}  {fab}  {cost.bitops_paper:16.6g}  {relative:7.3f}  {cost.bitops_full:15.6g}  "
-                f"{prompt}"
+                f"{self._quality(cost):15}  {fab}  {cost.bitops_paper:16.6g}  {relative:7.3f}  "
+                f"{cost.bitops_full:15.6g}  {prompt}"
             )
         last = (
-            f"{len(self.plan.timesteps)} steps, K = {len(self.plan.layers)}; BitOPs are simulated; no picture was made; "
-            f"{1000 * self.seconds / len(self.prompts):.1f} ms a prompt (measured)"
+            f"{len(self.plan.timesteps)} steps, K = {len(self.plan.layers)}; BitOPs are simulated; no picture was "
+            f"made; {1000 * self.seconds / len(self.prompts):.1f} ms a prompt (measured)"
         )
         return "\n".join([*lines, last])
 

@@ -149,7 +149,8 @@ def _accounted(denoiser: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
 def _table(found: dict[str, Any]) -> str:
     lines = [
         "| | parameters | conv and linear | controlled | left at the base's width | of no known kind "
-        "| GMACs a call, layers | products of attention | torch's counter says | BitOPs W32A32 | W4A16 | W4A10.58 | W4A8 |",
+        "| GMACs a call, layers | products of attention | torch's counter says "
+        "| BitOPs W32A32 | W4A16 | W4A10.58 | W4A8 |",
         "|---" * 13 + "|",
     ]
     for name, entry in found.items():
