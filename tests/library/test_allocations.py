@@ -15,8 +15,10 @@ from qlip_plugins.budget import LinearCost, thresholds, widths_at
 from qlip_plugins.cli import main
 from qlip_plugins.errors import RecipeError
 from qlip_plugins.evaluation.run import Run
+from qlip_plugins.evaluation.wanted import Wanted, alike
 from qlip_plugins.plan import BitPlan
 from qlip_plugins.q2b import Q2B
+from qlip_plugins.recipe import Budget
 from qlip_plugins.sensitivity import Sensitivity
 
 MENU = (4, 6, 8)
@@ -154,13 +156,30 @@ def test_evaluate_compares_them_at_each_budget(tmp_path: Path, capsys: pytest.Ca
         (["--controller", f"other={controller}"], "given twice"),
         (["--controller", f"unused={controller}"], "no allocation uses it"),
         (["--allocations", "constant-q of other,constant-q-of-other"], "would write the same files"),
-        (
-            ["--controller", f"full-precision={controller}", "--allocations", "full-precision,other"],
-            "would write the same files",
-        ),
         (["--budget", "fab=12,per=batch"], "would write the same files"),
         (["--features", "demo", "--pictures", "2"], "leave out --features, --pictures"),
         (["--guidance", "3"], "measured at guidance 1 and eta 0, here are 3 and 0"),
     ):
         assert main([*command, *wrong, "--out", str(tmp_path / "none")]) in (2, 4)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Wanted(("base", "full-precision"), controllers={"full-precision": Path("c")}),
+        Wanted(("recipe",), (Budget(fab=12), Budget(fab=12.0000001))),
+        Wanted(
+            ("constant-q of a", "constant-q-of-a"), controllers={"a": Path("c"), "constant-q-of-a": Path("d")}
+        ),
+    ],
+)
+def test_names_that_would_share_their_files_are_refused(wanted: Wanted) -> None:
+    with pytest.raises(RecipeError, match="would write the same files"):
+        wanted.check()
+
+
+def test_equal_plans_under_two_names_are_told() -> None:
+    one = BitPlan(torch.full((1, 2, 3), 8, dtype=torch.uint8), (2.0, 1.0), ("a", "b", "c"))
+    other = BitPlan(one.bits + 8, one.timesteps, one.layers)
+    assert alike({"x": one, "y": other, "z": one}) == ["x and z are the same plan"]
