@@ -192,6 +192,11 @@ class Costs(Protocol):
         """BitOPs, profile `paper`, of the base at its own widths."""
         ...
 
+    @property
+    def calls(self) -> Sequence[float]:
+        """The timesteps of the generation's calls, in order."""
+        ...
+
 
 def resolved(budget: Budget, costs: Costs, steps: int, layers: int) -> tuple[LinearCost, float]:
     """The cost that a budget is about, and its target in that cost's unit."""

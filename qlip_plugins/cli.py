@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sensitivity(verbs, common)
     _add_train(verbs, common)
     _add_forecast(verbs, common)
+    _add_export_policy(verbs, common)
     _add_evaluate(verbs, common)
     _add_compare(verbs, common)
 
@@ -534,6 +535,26 @@ def _add_forecast(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER", help="write the plan, and its picture of each prompt"
     )
     forecast.set_defaults(run=_forecast)
+
+
+def _add_export_policy(verbs: Any, common: argparse.ArgumentParser) -> None:
+    policy = verbs.add_parser(
+        "export-policy",
+        parents=[common],
+        help="collapse a recipe's plans to the step policy that diffusers, vllm-omni and sglang read",
+    )
+    policy.add_argument("recipe", help="file, or name of a shipped recipe")
+    policy.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl"
+    )
+    policy.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    policy.add_argument("--native", type=int, default=8, help="width of the steps in the middle (default 8)")
+    policy.add_argument("--a16", type=int, default=16, help="width of the steps at the ends (default 16)")
+    policy.add_argument(
+        "--measure", type=int, default=4, metavar="N", help="errors on the first N prompts (default 4)"
+    )
+    _add_sampler(policy)
+    policy.set_defaults(run=_export_policy, dtype="float32", eta=0.0)
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
@@ -1046,6 +1067,42 @@ def _forecast(options: argparse.Namespace) -> int:
     _print(found.to_dict(), str(found), options.json)
     if options.out is not None:
         _say(f"wrote {options.out}/ ({len(prompts)} pictures of bits, plan.safetensors, forecast.json)")
+    return 0
+
+
+def _export_policy(options: argparse.Namespace) -> int:
+    recipe = Recipe.load(options.recipe)
+    prompts = read_prompts(options.prompts)
+    prompts.check_distinct(options.prompts)
+    from .policy_export import PolicyRequest, export_policy
+
+    facts = export_policy(
+        PolicyRequest(
+            recipe=recipe,
+            prompts=prompts.prompts,
+            settings=_settings(options),
+            native=options.native,
+            a16=options.a16,
+            measured=options.measure,
+            out=options.out,
+        )
+    )
+    policy = facts["policy"]
+    lines = [
+        f"first {policy['first_steps']['count']} and last {policy['last_steps']['count']} of {facts['calls']} calls at "
+        f"{facts['a16']} bits, the others at {facts['native']}; mean plan of {facts['prompts']} prompts",
+        f"costs are {facts['costs are']}; errors are {facts['errors are']}",
+        *(
+            f"{name}: FAB {row['fab']:.2f}, by MACs {row['fab_mac_weighted']:.2f}, BitOPs (paper) "
+            f"{row['bitops_paper']:.6g} T, error {row['error_led']:.4g}"
+            for name, row in facts["plans"].items()
+        ),
+    ]
+    _print(facts, "\n".join(lines), options.json)
+    _say(
+        f"wrote {options.out}; read it with `controller: {{kind: policy, path: {options.out.resolve()}, native: "
+        f"{options.native}, a16: {options.a16}}}`"
+    )
     return 0
 
 

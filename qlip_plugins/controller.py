@@ -27,6 +27,7 @@ from .plan import BitPlan
 from .recipe import (
     FULL_PRECISION,
     Budget,
+    PolicyController,
     QlipController,
     RangesSection,
     Recipe,
@@ -34,6 +35,7 @@ from .recipe import (
     TableController,
 )
 from .state import CalibratedState
+from .step_policy import StepPolicy
 from .text_to_bits import TextToBits
 
 
@@ -124,6 +126,33 @@ class TablePlanner:
     def digest(self) -> str:
         """See `Planner.digest`."""
         return self._table.digest()
+
+    def remove(self) -> None:
+        """See `Planner.remove`."""
+
+
+class PolicyPlanner:
+    """A step policy: every layer alike, by the place of the step."""
+
+    def __init__(self, layers: tuple[str, ...], policy: StepPolicy, native: int, a16: int) -> None:
+        self.layers = layers
+        self.by_prompt = False
+        self._policy = policy
+        self._widths = (native, a16)
+
+    def widths(self, layer: str) -> frozenset[int]:
+        """See `Planner.widths`."""
+        return frozenset(self._widths)
+
+    def plan(self, text: Conditioning, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
+        """See `Planner.plan`."""
+        plan = self._policy.plan(costs.calls, self.layers, *self._widths)
+        return replace(plan, bits=plan.bits.expand(len(text), -1, -1).clone())
+
+    def digest(self) -> str:
+        """See `Planner.digest`."""
+        found = [self.layers, self._policy.model_dump(mode="json"), self._widths]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def remove(self) -> None:
         """See `Planner.remove`."""
@@ -712,7 +741,18 @@ def make_planner(pipe: Any, recipe: Recipe, state: CalibratedState) -> Planner:
     check_something_to_control(layers, state)
     if isinstance(section, TableController):
         return TablePlanner(BitPlan.load(section.plan), known)
+    if isinstance(section, PolicyController):
+        return _policy_planner(pipe, section, layers)
     return _prompt_planner(pipe, section, recipe, state, layers)
+
+
+def _policy_planner(pipe: Any, section: PolicyController, layers: tuple[str, ...]) -> PolicyPlanner:
+    policy, component = StepPolicy.load(section.path), family_of(pipe).component
+    if component not in policy.scope:
+        raise IncompatibleModelError(
+            f"{section.path}: the policy is for {', '.join(policy.scope)}, the pipeline's denoiser is its {component}"
+        )
+    return PolicyPlanner(layers, policy, section.native, section.a16)
 
 
 def _prompt_planner(

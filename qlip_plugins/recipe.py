@@ -133,7 +133,20 @@ class QlipController(StrictModel):
     """Turns the controller to this cost; left out: as it was trained."""
 
 
-Controller = Annotated[StaticController | TableController | QlipController, Field(discriminator="kind")]
+class PolicyController(StrictModel):
+    """The `diffusion_step_policy` of a `config.json`, as diffusers, vllm-omni and sglang read it."""
+
+    kind: Literal["policy"]
+    path: RecipePath
+    native: Width
+    """The width of the steps that the policy leaves to the checkpoint's own quantizers."""
+    a16: Width = 16
+    """The width that stands for its 16-bit activations."""
+
+
+Controller = Annotated[
+    StaticController | TableController | PolicyController | QlipController, Field(discriminator="kind")
+]
 
 
 def _options_of(section: str, load: Callable[[str], Any]) -> WrapValidator:

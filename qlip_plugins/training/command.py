@@ -450,12 +450,17 @@ class _Costs:
 
     of_bits: LinearCost
     of_base: float
+    timesteps: tuple[float, ...]
 
     def bitops(self) -> LinearCost:
         return self.of_bits
 
     def base_bitops(self) -> float:
         return self.of_base
+
+    @property
+    def calls(self) -> Sequence[float]:
+        return self.timesteps
 
 
 def _costs(what: Q2BRequest, pipe: Any, state: CalibratedState, prompts: EncodedPrompts) -> _Costs:
@@ -464,7 +469,7 @@ def _costs(what: Q2BRequest, pipe: Any, state: CalibratedState, prompts: Encoded
     with apply_base(pipe, base, state) as running:
         sample_encoded(pipe, prompts.only([0]), what.settings, [0], "latent")
         costs = running.costs()
-        return _Costs(costs.bitops(), costs.base_bitops())
+        return _Costs(costs.bitops(), costs.base_bitops(), tuple(costs.calls))
 
 
 def _plans(controller: TextToBits, prompts: EncodedPrompts, costs: _Costs) -> dict[str, float]:

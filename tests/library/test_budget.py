@@ -151,6 +151,8 @@ def test_a_population_budget_gives_a_prompt_the_same_bits_in_any_batch() -> None
 
 
 class NoCosts:
+    calls = ()
+
     def bitops(self) -> LinearCost:
         raise AssertionError("FAB needs no BitOPs")
 
