@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         help="collect the statistics of a recipe's error that a corrected sampler needs; can be resumed",
     )
     correction.add_argument("recipe", help="file, or name of a shipped recipe")
+    _add_set(correction)
     correction.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl"
     )
@@ -176,6 +177,7 @@ def _add_recipe_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     what = check.add_mutually_exclusive_group(required=True)
     what.add_argument("recipe", nargs="?", help="file, or name of a shipped recipe")
+    _add_set(check)
     what.add_argument("--shipped", action="store_true", help="check every shipped recipe")
     check.set_defaults(run=_recipe_check)
     listing = actions.add_parser("list", parents=[common], help="the shipped recipes")
@@ -271,7 +273,11 @@ def _add_label(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     label.add_argument("--metric", required=True, help="of quality, such as knn-giqa")
     label.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="option of the metric; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the metric, or, as base.checkpoint=FILE, a value of the recipe; repeatable",
     )
     label.add_argument(
         "--out", type=Path, required=True, help="safetensors file to write; an earlier one is replaced"
@@ -305,6 +311,7 @@ def _add_sensitivity(verbs: Any, common: argparse.ArgumentParser) -> None:
         help="measure the error of each quantizer at each width and step, all others unquantized; can be resumed",
     )
     sensitivity.add_argument("recipe", help="file, or name of a shipped recipe")
+    _add_set(sensitivity)
     sensitivity.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl"
     )
@@ -338,6 +345,7 @@ def _add_train(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_train_t2q(t2q: argparse.ArgumentParser) -> None:
     t2q.add_argument("recipe", help="file, or name of a shipped recipe; its pipeline's embeddings are read")
+    _add_set(t2q)
     what = t2q.add_mutually_exclusive_group(required=True)
     what.add_argument("--labels", type=Path, metavar="FILE", help="what `qlip-plugins label` wrote")
     what.add_argument(
@@ -374,6 +382,7 @@ def _add_train_t2q(t2q: argparse.ArgumentParser) -> None:
 
 def _add_train_q2b(q2b: argparse.ArgumentParser) -> None:
     q2b.add_argument("recipe", help="file, or name of a shipped recipe; its controller is not used")
+    _add_set(q2b)
     q2b.add_argument("--t2q", type=Path, required=True, metavar="FOLDER", help="what `train t2q` wrote")
     q2b.add_argument(
         "--prompts",
@@ -452,7 +461,11 @@ def _add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument("--metric", metavar="NAME", help="of single pictures, such as an image-text score")
     evaluate.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the metric"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the metric, or, as base.checkpoint=FILE, a value of the recipe",
     )
     evaluate.add_argument("--seeds", type=int, default=4, help="noises of each prompt (default 4)")
     evaluate.add_argument(
@@ -526,6 +539,7 @@ def _add_forecast(verbs: Any, common: argparse.ArgumentParser) -> None:
         default="demo-qlip-468-solved",
         help="file, or name of a shipped recipe (default demo-qlip-468-solved)",
     )
+    _add_set(forecast)
     _add_budget(forecast)
     forecast.add_argument("--steps", type=_steps, default=25, help="inference steps (default 25)")
     forecast.add_argument(
@@ -544,6 +558,7 @@ def _add_export_policy(verbs: Any, common: argparse.ArgumentParser) -> None:
         help="collapse a recipe's plans to the step policy that diffusers, vllm-omni and sglang read",
     )
     policy.add_argument("recipe", help="file, or name of a shipped recipe")
+    _add_set(policy)
     policy.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line, or .jsonl"
     )
@@ -555,6 +570,16 @@ def _add_export_policy(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     _add_sampler(policy)
     policy.set_defaults(run=_export_policy, dtype="float32", eta=0.0)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a value of the recipe, such as base.checkpoint=FILE or controller=FOLDER; may be given repeatedly",
+    )
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
@@ -577,6 +602,7 @@ def _add_budget(parser: argparse.ArgumentParser, **more: Any) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="file, or name of a shipped recipe")
+    _add_set(parser)
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="may be given repeatedly"
     )
@@ -691,9 +717,12 @@ def _recipe_for(base: Any, model: Any) -> str:
 def _recipe_check(options: argparse.Namespace) -> int:
     names = list(shipped_recipes()) if options.shipped else [options.recipe]
     missing: dict[str, list[str]] = {}
+    needs: dict[str, list[str]] = {}
     for name in names:
-        missing[name] = Recipe.load(name).missing_files()
-    _print({"ok": not any(missing.values()), "missing_files": missing}, _check_text(missing), options.json)
+        recipe, needs[name] = Recipe.with_needs(find_recipe(name), _given(options))
+        missing[name] = [file for file in recipe.missing_files() if file.partition(":")[0] not in needs[name]]
+    facts = {"ok": not any(missing.values()), "missing_files": missing, "needs": needs}
+    _print(facts, _check_text(missing, needs), options.json)
     if any(missing.values()):
         for name, files in missing.items():
             for file in files:
@@ -702,14 +731,38 @@ def _recipe_check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_text(missing: dict[str, list[str]]) -> str:
-    return "\n".join(
-        f"{name}: {'ok' if not files else 'files are missing'}" for name, files in missing.items()
-    )
+def _check_text(missing: dict[str, list[str]], needs: dict[str, list[str]]) -> str:
+    lines = []
+    for name, files in missing.items():
+        state = "files are missing" if files else "ok"
+        if needs[name]:
+            state += "; to use it, give " + " ".join(f"--set {key}=..." for key in needs[name])
+        lines.append(f"{name}: {state}")
+    return "\n".join(lines)
+
+
+def _recipe(options: argparse.Namespace, *unused: str) -> Recipe:
+    """The recipe that a verb names; `unused` are sections that need not be complete for it."""
+    return Recipe.load(options.recipe, _given(options), unused)
+
+
+def _given(options: argparse.Namespace) -> dict[str, str]:
+    """The recipe's values that `--set` gives; what has no section's name is a metric's option."""
+    pairs = [text.partition("=") for text in options.set]
+    for text, (key, equals, _) in zip(options.set, pairs, strict=True):
+        if not key or not equals:
+            raise RecipeError(f"--set {text}: expected KEY=VALUE")
+    return {key: value for key, _, value in pairs if key.partition(".")[0] in Recipe.model_fields}
+
+
+def _metric_options(options: argparse.Namespace) -> list[str]:
+    return [
+        text for text in options.set if text.partition(".")[0].partition("=")[0] not in Recipe.model_fields
+    ]
 
 
 def _recipe_list(options: argparse.Namespace) -> int:
-    recipes = {name: Recipe.from_yaml(path).description for name, path in shipped_recipes().items()}
+    recipes = {name: Recipe.with_needs(path)[0].description for name, path in shipped_recipes().items()}
     width = max(map(len, recipes), default=0)
     _print(recipes, "\n".join(f"{name:{width}}  {text}" for name, text in recipes.items()), options.json)
     return 0
@@ -723,7 +776,7 @@ def _recipe_show(options: argparse.Namespace) -> int:
         print(json.dumps(schema, indent=2))
         return 0
     path = find_recipe(options.recipe)
-    recipe = Recipe.from_yaml(path)
+    recipe, _ = Recipe.with_needs(path)
     _print(recipe.model_dump(mode="json"), path.read_text(encoding="utf-8").rstrip(), options.json)
     return 0
 
@@ -750,7 +803,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _budgeted(options: argparse.Namespace) -> Recipe:
-    recipe = Recipe.load(options.recipe)
+    recipe = _recipe(options)
     return recipe if options.budget is None else recipe.within(options.budget)
 
 
@@ -768,7 +821,7 @@ def _settings(options: argparse.Namespace) -> Any:
 
 
 def _fit_ranges(options: argparse.Namespace) -> int:
-    recipe = Recipe.load(options.recipe)
+    recipe = _recipe(options, "ranges", "controller", "correction")
     if options.out.suffix != ".safetensors":
         raise RecipeError(f"--out {options.out}: a ranges table is a .safetensors file")
     from .generation import fit_recipe_ranges
@@ -824,7 +877,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _fit_correction(options: argparse.Namespace) -> int:
-    recipe = Recipe.load(options.recipe)
+    recipe = _recipe(options, "correction")
     out = options.out.resolve()
     what = CorrectionFit(
         recipe=recipe,
@@ -849,7 +902,7 @@ def _fit_correction(options: argparse.Namespace) -> int:
 
 
 def _label(options: argparse.Namespace) -> int:
-    recipe = Recipe.load(options.recipe)
+    recipe = _recipe(options, "ranges", "controller", "correction")
     prompts = read_prompts(options.prompts)
     prompts.check_distinct(options.prompts)
     from .labelling import LabelRequest, label
@@ -858,7 +911,7 @@ def _label(options: argparse.Namespace) -> int:
         recipe=recipe,
         prompts=prompts,
         metric=options.metric,
-        options=parse_options(options.set),
+        options=parse_options(_metric_options(options)),
         settings=_settings(options),
         out=options.out,
         work=_work(options),
@@ -874,7 +927,7 @@ def _label(options: argparse.Namespace) -> int:
 
 
 def _sensitivity(options: argparse.Namespace) -> int:
-    recipe = Recipe.load(options.recipe)
+    recipe = _recipe(options, "controller", "correction")
     prompts = read_prompts(options.prompts)
     prompts.check_distinct(options.prompts)
     from .sensitivity import SensitivityRequest, sensitivity
@@ -900,7 +953,7 @@ def _work(options: argparse.Namespace) -> Path:
 
 
 def _train_t2q(options: argparse.Namespace) -> int:
-    recipe = Recipe.load(options.recipe)
+    recipe = _recipe(options, "ranges", "controller", "correction")
     labels, allocation = options.labels, None
     if options.errors_of is not None:
         folder, _, allocation = options.errors_of.rpartition(":")
@@ -939,7 +992,7 @@ def _train_t2q(options: argparse.Namespace) -> int:
 
 
 def _train_q2b(options: argparse.Namespace) -> int:
-    recipe = Recipe.load(options.recipe)
+    recipe = _recipe(options, "controller", "correction")
     if options.bit_weight is None and options.trajectories:
         raise RecipeError(
             "--bit-weight is needed where trajectories are trained on; see docs/method.md, Train"
@@ -994,13 +1047,14 @@ def _train_q2b(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    recipe = Recipe.load(options.recipe)
+    recipe = _recipe(options)
     if len(options.budget) == 1:
         recipe = recipe.within(options.budget[0])
     prompts = read_prompts(options.prompts)
     prompts.check_distinct(options.prompts)
-    if options.set and options.metric is None:
-        raise RecipeError(f"--set {options.set[0]}: an option of a metric, and there is no --metric")
+    metric_options = _metric_options(options)
+    if metric_options and options.metric is None:
+        raise RecipeError(f"--set {metric_options[0]}: an option of a metric, and there is no --metric")
     controllers = [text.partition("=") for text in options.controller]
     for text, (_, equals, folder) in zip(options.controller, controllers, strict=True):
         if not equals or not folder:
@@ -1022,7 +1076,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         batch=options.batch_size,
         features=None if options.features is None else tuple(options.features),
         references=options.references,
-        metrics={} if options.metric is None else {options.metric: parse_options(options.set)},
+        metrics={} if options.metric is None else {options.metric: parse_options(metric_options)},
         wanted=Wanted(
             names=options.allocations.split(","),
             budgets=options.budget,
@@ -1071,7 +1125,7 @@ def _forecast(options: argparse.Namespace) -> int:
 
 
 def _export_policy(options: argparse.Namespace) -> int:
-    recipe = Recipe.load(options.recipe)
+    recipe = _recipe(options)
     prompts = read_prompts(options.prompts)
     prompts.check_distinct(options.prompts)
     from .policy_export import PolicyRequest, export_policy

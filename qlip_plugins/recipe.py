@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -37,6 +38,9 @@ from .schema import PathOrHubId, RecipePath, StrictModel, nearest
 from .yaml_lines import Document, read_document
 
 SHIPPED_PACKAGE = "qlip_recipes"
+NEEDED = "???"
+"""Stands in a recipe for what only its user has."""
+
 FULL_PRECISION = 32
 
 Width = Annotated[int, Field(ge=2, le=FULL_PRECISION)]
@@ -196,31 +200,59 @@ class Recipe(StrictModel):
         return name
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Recipe:
+    def from_yaml(
+        cls, path: str | Path, given: Mapping[str, str] | None = None, unused: Collection[str] = ()
+    ) -> Recipe:
         """Read and check a recipe file.
 
+        Args:
+            path: the file.
+            given: values in place of the file's, by dotted key, such as `base.checkpoint`; `controller` stands
+                for the folder of a controller.
+            unused: sections that need not be complete, `controller` or `ranges`, for work that makes them.
+
         Raises:
-            RecipeError: every problem of the file at once, each as `FILE:LINE: KEY: WHAT`.
+            RecipeError: every problem of the file at once, each as `FILE:LINE: KEY: WHAT`; or it needs values
+                that it does not hold.
+        """
+        recipe, needs = cls.with_needs(path, given, unused)
+        if needs:
+            raise RecipeError(
+                f"{path}: needs {', '.join(needs)}: give each with --set KEY=VALUE, or in a copy of the recipe"
+            )
+        return recipe
+
+    @classmethod
+    def with_needs(
+        cls, path: str | Path, given: Mapping[str, str] | None = None, unused: Collection[str] = ()
+    ) -> tuple[Recipe, list[str]]:
+        """A recipe file as `from_yaml` reads it, and the keys at which it says `???`: what a user has to give.
+
+        Raises:
+            RecipeError: every problem of the file at once.
         """
         document = read_document(Path(path))
         problems = list(document.problems)
+        data = _completed(document.data, given or {}, unused)
         recipe = None
         try:
-            recipe = cls.model_validate(document.data, context={"base_dir": Path(path).resolve().parent})
+            recipe = cls.model_validate(data, context={"base_dir": Path(path).resolve().parent})
         except ValidationError as error:
             problems += [_line_of(document, dict(found)) for found in error.errors()]
         if problems or recipe is None:
             raise RecipeError("\n".join(document.report(problems)))
-        return recipe
+        return recipe, sorted(_needs(data))
 
     @classmethod
-    def load(cls, name_or_path: str | Path) -> Recipe:
-        """A shipped recipe by name, or a recipe file by path.
+    def load(
+        cls, name_or_path: str | Path, given: Mapping[str, str] | None = None, unused: Collection[str] = ()
+    ) -> Recipe:
+        """A shipped recipe by name, or a recipe file by path; otherwise as `from_yaml`.
 
         Raises:
             RecipeError: neither exists, or the file has problems.
         """
-        return cls.from_yaml(find_recipe(name_or_path))
+        return cls.from_yaml(find_recipe(name_or_path), given, unused)
 
     def within(self, budget: Budget) -> Self:
         """The same recipe, its controller turned to a budget.
@@ -246,6 +278,38 @@ class Recipe(StrictModel):
         if self.ranges is not None:
             named.append(("ranges.table", self.ranges.table))
         return [f"{key}: {path}" for key, path in named if isinstance(path, Path) and not path.exists()]
+
+
+def _completed(data: Any, given: Mapping[str, str], unused: Collection[str]) -> Any:
+    """A recipe's data with the values that a user gives, and without unfinished sections that are not used."""
+    if not isinstance(data, dict):
+        return data
+    data = copy.deepcopy(data)
+    for key, text in given.items():
+        # What names a file does so from where the user is, not from where the recipe is.
+        value = str(Path(text).resolve()) if Path(text).exists() else YAML(typ="safe").load(text)
+        if key == "controller":
+            data[key] = {"kind": "qlip", "path": value}
+            continue
+        *sections, last = key.split(".")
+        place = data
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise RecipeError(f"--set {key}={text}: {section!r} is no section")
+        place[last] = value
+    for section in unused:
+        if any(_needs(data.get(section))):
+            data[section] = {"controller": {"kind": "static", "bits": "base"}}.get(section)
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _needs(data: Any, key: str = "") -> Iterator[str]:
+    if data == NEEDED:
+        yield key
+    elif isinstance(data, dict):
+        for name, value in data.items():
+            yield from _needs(value, f"{key}.{name}" if key else str(name))
 
 
 def _line_of(document: Document, found: dict[str, Any]) -> tuple[int, str]:
