@@ -150,12 +150,10 @@ def test_evaluate_compares_them_at_each_budget(tmp_path: Path, capsys: pytest.Ca
     assert float(run.of("A8")["fab"].mean()) == 8
     for wrong, message in (
         (["--allocations", "elsewhere,other"], "no allocation 'elsewhere'"),
-        (["--allocations", "constant-q of elsewhere,other"], "no controller 'elsewhere'"),
         (["--controller", f"base={controller}"], "has a meaning already"),
         (["--controller", "other"], "expected NAME=FOLDER"),
         (["--controller", f"other={controller}"], "given twice"),
         (["--controller", f"unused={controller}"], "no allocation uses it"),
-        (["--allocations", "constant-q of other,constant-q-of-other"], "would write the same files"),
         (["--budget", "fab=12,per=batch"], "would write the same files"),
         (["--features", "demo", "--pictures", "2"], "leave out --features, --pictures"),
         (["--guidance", "3"], "measured at guidance 1 and eta 0, here are 3 and 0"),
