@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .fitting import fit_ranges
     from .metrics import bitops
     from .plan import BitPlan
+    from .sharing import QlipModel
     from .text_to_bits import TextToBits, TextToBitsConfig
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BitController",
     "BitPlan",
+    "QlipModel",
     "Recipe",
     "TextToBits",
     "TextToBitsConfig",
@@ -37,6 +39,7 @@ __all__ = [
 _LATE = {
     "BitController": "controller",
     "BitPlan": "plan",
+    "QlipModel": "sharing",
     "TextToBits": "text_to_bits",
     "TextToBitsConfig": "text_to_bits",
     "apply": "controller",

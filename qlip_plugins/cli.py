@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sensitivity(verbs, common)
     _add_train(verbs, common)
     _add_forecast(verbs, common)
+    _add_sharing(verbs, common)
     _add_export_policy(verbs, common)
     _add_evaluate(verbs, common)
     _add_compare(verbs, common)
@@ -580,6 +581,35 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a value of the recipe, such as base.checkpoint=FILE or controller=FOLDER; may be given repeatedly",
     )
+
+
+def _add_sharing(verbs: Any, common: argparse.ArgumentParser) -> None:
+    save = verbs.add_parser(
+        "save", parents=[common], help="write a recipe with all that it names as one folder, to share"
+    )
+    save.add_argument("recipe", help="file, or name of a shipped recipe")
+    _add_set(save)
+    save.add_argument("--out", type=Path, required=True, help="folder to write; an earlier one is replaced")
+    save.add_argument("--base-model", metavar="ID", help="the pipeline, as others can name it")
+    save.set_defaults(run=_save)
+    convert = verbs.add_parser(
+        "convert",
+        parents=[common],
+        help="write a checkpoint of Q-Diffusion or PTQD as a folder that says all of itself",
+    )
+    convert.add_argument("checkpoint", type=Path)
+    convert.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the file does not say, such as activation_bits=8; may be given repeatedly",
+    )
+    convert.add_argument("--pipeline", default="", metavar="ID", help="that was calibrated, for the record")
+    convert.add_argument(
+        "--out", type=Path, required=True, help="folder to write; an earlier one is replaced"
+    )
+    convert.set_defaults(run=_convert)
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
@@ -1157,6 +1187,51 @@ def _export_policy(options: argparse.Namespace) -> int:
         f"wrote {options.out}; read it with `controller: {{kind: policy, path: {options.out.resolve()}, native: "
         f"{options.native}, a16: {options.a16}}}`"
     )
+    return 0
+
+
+def _save(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
+    from .sharing import QlipModel
+
+    model = QlipModel.from_recipe(recipe)
+    model.save_pretrained(options.out, options.base_model)
+    facts = {"folder": str(options.out), "base_fingerprint": model.base_fingerprint}
+    _print(facts, "\n".join(f"{key}: {value}" for key, value in facts.items()), options.json)
+    _say(f"wrote {options.out}/; use the folder as a recipe, or `QlipModel.from_pretrained`")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    found = _recognised(options.checkpoint)
+    given = parse_options(options.set)
+    unknown = [name for name in found.unknown if name not in given]
+    if unknown:
+        raise RecipeError(
+            f"{options.checkpoint}: {', '.join(unknown)} stand in neither the file nor a record beside it: give each "
+            "with --set KEY=VALUE"
+        )
+    base = {**found.base, **given}
+    try:
+        config = load_base_quantizer(str(base["adapter"])).config_class.model_validate(
+            base, context={"base_dir": Path.cwd()}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"--set: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    from .sharing import convert
+
+    facts = convert(config, options.pipeline or str(options.checkpoint.name), options.out)
+    shown = {key: value for key, value in facts.items() if key != "base"}
+    text = "\n".join(
+        [
+            *(f"# {key}: {value}" for key, value in shown.items()),
+            "base:",
+            *(f"  {line}" for line in dump(facts["base"]).rstrip().splitlines()),
+        ]
+    )
+    _print(facts, text, options.json)
+    _say(f"wrote {options.out}/")
     return 0
 
 

@@ -352,6 +352,8 @@ def find_recipe(name_or_path: str | Path) -> Path:
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
     path = Path(name_or_path)
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"  # a whole model (`sharing.py`)
     if not path.is_file():
         raise RecipeError(
             f"{path}: no such recipe file, and no shipped recipe of that name"

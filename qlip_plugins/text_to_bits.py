@@ -163,7 +163,7 @@ class TextToBits(nn.Module):
         return found.hexdigest()
 
     def check_made_for(self, fingerprint: str, menu: ActivationBits, layers: tuple[str, ...]) -> None:
-        """Check that this controller belongs to a base, a menu and a controlled set.
+        """Check that this controller belongs to a base, a menu and a controlled set, in whatever order.
 
         Raises:
             IncompatibleModelError: it belongs to another; says which part differs.
@@ -179,11 +179,23 @@ class TextToBits(nn.Module):
             raise IncompatibleModelError(
                 f"the controller was made for the widths {ours.menu.widths}, the recipe says {menu.widths}"
             )
-        if ours.layers != layers:
-            odd = sorted(set(ours.layers) ^ set(layers))
+        odd = sorted(set(ours.layers) ^ set(layers))
+        if odd:
             raise IncompatibleModelError(
                 f"the controller steers {len(ours.layers)} quantizers, the recipe {len(layers)} "
-                f"(differing: {', '.join(odd[:3]) or 'their order'}): was `attention:` changed?"
+                f"(differing: {', '.join(odd[:3])}): was `attention:` changed?"
+            )
+
+    def check_order(self, layers: tuple[str, ...]) -> None:
+        """Check that costs and tables of `layers` hold for this controller's columns, too.
+
+        Raises:
+            IncompatibleModelError: it was made on the same base in another form, which lists them otherwise.
+        """
+        if self.config.layers != layers:
+            raise IncompatibleModelError(
+                "the controller lists its quantizers in another order than this base: one of the two was converted. "
+                "Use the base in the form that the controller was made on"
             )
 
     def save_pretrained(self, folder: str | Path, record: Mapping[str, bytes] | None = None) -> None:

@@ -173,6 +173,7 @@ class _Maker:
         for name, folder in (wanted.controllers or {}).items():
             other = TextToBits.from_pretrained(folder)
             other.check_made_for(state.fingerprint, pair.recipe.activation_bits, layers)
+            other.check_order(layers)
             self._others[name] = other
         self._table = None
         if wanted.sensitivity is not None:

@@ -430,6 +430,7 @@ def _continued(
     controller = TextToBits.from_pretrained(folder)
     layers = controlled(state.activations, attention=what.recipe.attention == "controlled")
     controller.check_made_for(state.fingerprint, what.recipe.activation_bits, layers)
+    controller.check_order(layers)
     ours = controller.t2q.state_dict()
     theirs = trained.t2q.state_dict()
     if any(not torch.equal(ours[name], theirs[name]) for name in ours if name in theirs):

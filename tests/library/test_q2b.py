@@ -259,7 +259,6 @@ def test_a_controller_with_nan_is_refused(tmp_path: Path) -> None:
         ("e" * 64, MENU, ("a", "b"), "was made on the base ffffffffffff"),
         ("f" * 64, ActivationBits(low=4, medium=6, high=8), ("a", "b"), "made for the widths"),
         ("f" * 64, MENU, ("a", "b", "c"), "steers 2 quantizers, the recipe 3"),
-        ("f" * 64, MENU, ("b", "a"), "their order"),
     ],
 )
 def test_another_base_is_refused(
@@ -268,3 +267,10 @@ def test_another_base_is_refused(
     controller().check_made_for("f" * 64, MENU, ("a", "b"))
     with pytest.raises(IncompatibleModelError, match=message):
         controller().check_made_for(fingerprint, menu, layers)
+
+
+def test_the_order_of_quantizers_matters_only_where_costs_are_shared() -> None:
+    controller().check_made_for("f" * 64, MENU, ("b", "a"))
+    controller().check_order(("a", "b"))
+    with pytest.raises(IncompatibleModelError, match="in another order than this base"):
+        controller().check_order(("b", "a"))
