@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qlip_plugins.layers import UNCONTROLLED, kind_of
+from qlip_plugins.adapter import load_backend
+from qlip_plugins.artefacts import versions
+from qlip_plugins.calibration.nearest import nearest_state
+from qlip_plugins.controller import BitController, PromptPlanner
+from qlip_plugins.embeddings import source_for
+from qlip_plugins.families import family_of
+from qlip_plugins.grids import Ranges
+from qlip_plugins.layers import UNCONTROLLED, controlled, kind_of
 from qlip_plugins.metrics import bitops, count_macs
+from qlip_plugins.state import CalibratedState
+from qlip_plugins.text_to_bits import TextToBits, TextToBitsConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "families"
@@ -171,6 +183,146 @@ _PRODUCTS = "GMACs of attention's products"
 _COUNTER = "by torch's flop counter"
 
 
+def run(options: argparse.Namespace) -> None:
+    """A generation of random weights, plain and under a controller's plan: that it runs, its time and its memory."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"run-{options.name}.json"
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    with device, _dtype(getattr(torch, options.dtype)):
+        denoiser = make_denoiser(options.name).requires_grad_(False)
+    pipe, call = (
+        _pipeline(options.name, denoiser),
+        one_call(options.name, device=device, dtype=denoiser.dtype),
+    )
+    prompts = _prompts(call, options.prompts)
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": options.dtype,
+        "steps": options.steps,
+        "prompts": options.prompts,
+        "versions": versions(),
+        "weights": "random",
+    }
+    found["plain"] = _timed(pipe, prompts, options, device)
+    begun = time.perf_counter()
+    state = nearest_state(denoiser, call, 4, 16)
+    ranges = Ranges({name: {8: grid.at_width(8)} for name, grid in state.activations.items()})
+    quantizers = load_backend("torch").install(denoiser, state, ranges)
+    found["seconds to quantize and install"] = time.perf_counter() - begun
+    family = family_of(pipe)
+    planner = _random_planner(state, "pooled" if family.pooled else "mean", pipe, prompts)
+    with BitController(pipe, state, quantizers, planner, ranges) as controller:
+        found["under the plan"] = _timed(pipe, prompts, options, device)
+        report = controller.report()
+        found["report"] = {
+            "fab": [cost.fab for cost in report.prompts],
+            "bitops_paper": report.mean.bitops_paper,
+            "calls": report.calls,
+            "controlled": report.controlled,
+        }
+    found["after removing"] = _timed(pipe, prompts, options, device)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+
+
+@contextmanager
+def _dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _pipeline(name: str, denoiser: Any) -> Any:
+    """A pipeline without text encoders and decoder, as published otherwise."""
+    import diffusers
+
+    if name == "FLUX.1":
+        kind, component = diffusers.FluxPipeline, "transformer"
+        scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        absent = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    else:
+        kind, component = diffusers.StableDiffusionPipeline, "unet"
+        scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+        absent = ["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"]
+    more: dict[str, Any] = {"requires_safety_checker": False} if component == "unet" else {}
+    if name == "SDXL":
+        kind, more = diffusers.StableDiffusionXLPipeline, {"add_watermarker": False}
+        absent = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    pipe = kind(**{component: denoiser}, scheduler=scheduler, **dict.fromkeys(absent), **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _prompts(call: dict[str, Any], count: int) -> dict[str, Any]:
+    """Random text of as many prompts, as arguments of the pipeline."""
+    states = call["encoder_hidden_states"]
+    pooled = call.get("pooled_projections", call.get("added_cond_kwargs", {}).get("text_embeds"))
+    found = {"prompt_embeds": torch.randn_like(states.repeat(count, 1, 1))}
+    if pooled is not None:
+        found["pooled_prompt_embeds"] = torch.randn_like(pooled.repeat(count, 1))
+    if "guidance" not in call:
+        found |= {f"negative_{key}": torch.zeros_like(value) for key, value in found.items()}
+    return found
+
+
+def _random_planner(
+    state: CalibratedState, pooling: Any, pipe: Any, prompts: dict[str, Any]
+) -> PromptPlanner:
+    """A controller with random parameters: its plans differ by prompt, layer and step, and mean nothing."""
+    known = prompts["pooled_prompt_embeds" if pooling == "pooled" else "prompt_embeds"]
+    controller = TextToBits(
+        TextToBitsConfig(
+            embedding_dim=known.shape[-1],
+            pooling=pooling,
+            menu={"low": 8, "medium": 16, "high": 32},  # type: ignore[arg-type]
+            layers=controlled(state.activations, attention=False),
+            timesteps=tuple(float(t) for t in range(975, 0, -40)),
+            base_fingerprint="random",
+            origin="random, to show that it runs",
+        )
+    )
+    with torch.no_grad():
+        for parameter in controller.q2b.parameters():
+            parameter.normal_(0, 2)
+    return PromptPlanner(controller, source_for(pipe, pooling))
+
+
+def _timed(
+    pipe: Any, prompts: dict[str, Any], options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Seconds a step and the peak of allocated memory of a whole generation, the second of two."""
+    cuda = device.type == "cuda"
+    if cuda:
+        _generated(pipe, prompts, options)
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    images = _generated(pipe, prompts, options)
+    if cuda:
+        torch.cuda.synchronize()
+    return {
+        "seconds a step (measured)": (time.perf_counter() - begun) / options.steps,
+        "peak GiB (measured)": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "shape": list(images.shape),
+        "finite": bool(images.isfinite().all()),
+    }
+
+
+def _generated(pipe: Any, prompts: dict[str, Any], options: argparse.Namespace) -> torch.Tensor:
+    images: torch.Tensor = pipe(
+        **prompts,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(options.prompts)],
+        output_type="latent",
+    ).images
+    return images
+
+
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(
@@ -179,6 +331,15 @@ def main() -> None:
     steps = parser.add_subparsers(required=True)
     one = steps.add_parser("structure")
     one.set_defaults(run_step=structure)
+    one = steps.add_parser("run")
+    one.add_argument("name", choices=tuple(CONFIGS))
+    one.add_argument("--device", default="cpu")
+    one.add_argument("--dtype", default="bfloat16")
+    one.add_argument("--steps", type=int, default=20)
+    one.add_argument("--prompts", type=int, default=2)
+    one.add_argument("--guidance", type=float, default=5.0)
+    one.add_argument("--out", type=Path, default=OUT)
+    one.set_defaults(run_step=run)
     options = parser.parse_args()
     options.run_step(options)
 
