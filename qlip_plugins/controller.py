@@ -732,7 +732,7 @@ def make_planner(pipe: Any, recipe: Recipe, state: CalibratedState) -> Planner:
     """
     section = recipe.controller
     known = {name: grid.bits for name, grid in state.activations.items()}
-    layers = controlled(known, attention=recipe.attention == "controlled")
+    layers = controlled(known, **recipe.controls)
     if isinstance(section, StaticController):
         if section.bits == "base":
             return FixedPlanner(layers, known)

@@ -28,6 +28,8 @@ _KINDS = tuple(
     )
 )
 
+TIME_KINDS = ("time_embedding", "modulation")
+
 UNCONTROLLED = ("conv_in", "conv_out", "time_embedding", "modulation", "shortcut", "downsample")
 """Kinds that keep their base width (our choice; the paper does not name K).
 
@@ -44,14 +46,17 @@ def kind_of(name: str) -> str:
     return next((kind for pattern, kind in _KINDS if pattern.search(name)), "other")
 
 
-def controlled(names: Iterable[str], attention: bool) -> tuple[str, ...]:
+def controlled(names: Iterable[str], attention: bool, time: bool = False) -> tuple[str, ...]:
     """K, the quantizers whose width the plan sets.
 
     Args:
         names: every activation quantizer of the base.
         attention: whether the operands of the attention products belong to K.
+        time: whether the layers that read the time do.
     """
-    left = UNCONTROLLED if attention else (*UNCONTROLLED, OPERAND_KIND)
+    left = {*UNCONTROLLED, OPERAND_KIND}
+    left -= {OPERAND_KIND} if attention else set()
+    left -= set(TIME_KINDS) if time else set()
     return tuple(name for name in names if kind_of(name) not in left)
 
 

@@ -184,11 +184,18 @@ class Recipe(StrictModel):
     ranges: RangesSection | None = None
     attention: Literal["base", "controlled"] = "base"
     """Whether the operands of the attention products (q, k, v, softmax) leave their base width."""
+    time_layers: Literal["base", "controlled"] = "base"
+    """Whether the layers that read the time do, with those that turn it into FLUX's modulations."""
     controller: Controller
     correction: Annotated[
         SerializeAsAny[CorrectionConfig] | None, _options_of("correction", load_correction)
     ] = None
     """A change of the sampler that allows for the base's error; without it the pipeline's own is used."""
+
+    @property
+    def controls(self) -> dict[str, bool]:
+        """Which quantizers belong to K beyond those that always do, as `layers.controlled` takes it."""
+        return {"attention": self.attention == "controlled", "time": self.time_layers == "controlled"}
 
     @field_validator("backend")
     @classmethod

@@ -124,7 +124,7 @@ class Sensitivity:
             odd = sorted(set(self.layers) ^ set(layers))
             raise IncompatibleModelError(
                 f"{where}: the sensitivities are of {len(self.layers)} quantizers, {len(layers)} are controlled "
-                f"(differing: {', '.join(odd[:3]) or 'their order'}): was `attention:` changed?"
+                f"(differing: {', '.join(odd[:3]) or 'their order'}): was `attention:` or `time_layers:` changed?"
             )
 
     def check_measured_on(
@@ -229,7 +229,7 @@ def measure_sensitivity(
     pipe = placed(pipe, settings)
     digest = pipeline_digest(pipe)
     state = load_base(recipe, denoiser_of(pipe))
-    layers = controlled(state.activations, attention=recipe.attention == "controlled")
+    layers = controlled(state.activations, **recipe.controls)
     ranges = load_ranges(recipe.ranges, state)
     widths = sorted(set(widths) - {FULL_PRECISION})
     starts = range(0, len(prompts.prompts), batch)
@@ -387,7 +387,7 @@ def sensitivity(what: SensitivityRequest) -> dict[str, Any]:
         "base": state.fingerprint,
         "ranges": ranges.only(widths).digest(),
         "backend": what.recipe.backend,
-        "attention": what.recipe.attention,
+        "controls": what.recipe.controls,
         "widths": widths,
         "batch": what.batch,
         "settings": asdict(what.settings.unnumbered()),

@@ -183,7 +183,7 @@ class TextToBits(nn.Module):
         if odd:
             raise IncompatibleModelError(
                 f"the controller steers {len(ours.layers)} quantizers, the recipe {len(layers)} "
-                f"(differing: {', '.join(odd[:3])}): was `attention:` changed?"
+                f"(differing: {', '.join(odd[:3])}): was `attention:` or `time_layers:` changed?"
             )
 
     def check_order(self, layers: tuple[str, ...]) -> None:

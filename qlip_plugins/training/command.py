@@ -428,7 +428,7 @@ def _continued(
     folder: Path, what: Q2BRequest, pipe: Any, state: CalibratedState, trained: TrainedT2Q
 ) -> TextToBits:
     controller = TextToBits.from_pretrained(folder)
-    layers = controlled(state.activations, attention=what.recipe.attention == "controlled")
+    layers = controlled(state.activations, **what.recipe.controls)
     controller.check_made_for(state.fingerprint, what.recipe.activation_bits, layers)
     controller.check_order(layers)
     ours = controller.t2q.state_dict()

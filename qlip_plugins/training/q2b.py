@@ -161,7 +161,7 @@ def new_controller(
     Raises:
         IncompatibleModelError: the base leaves nothing to control.
     """
-    layers = controlled(state.activations, attention=recipe.attention == "controlled")
+    layers = controlled(state.activations, **recipe.controls)
     check_something_to_control(layers, state)
     first: Any = t2q.layers[0]
     config = TextToBitsConfig(

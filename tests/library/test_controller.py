@@ -361,7 +361,10 @@ REFUSED: dict[str, tuple[Callable[[], Recipe], str]] = {
         lambda: changed(activation_bits=ActivationBits(low=4, medium=8, high=32)),
         "made for the widths",
     ),
-    "attention now controlled": (lambda: changed(attention="controlled"), "was `attention:` changed"),
+    "attention now controlled": (
+        lambda: changed(attention="controlled"),
+        "was `attention:` or `time_layers:` changed",
+    ),
     "a static width without a range": (
         lambda: changed(controller=StaticController(kind="static", bits=5)),
         "no range of .* for 5 bits",

@@ -125,7 +125,7 @@ def test_ranges_and_controller_belong_to_the_base(name: str) -> None:
     assert recipe.ranges.table is not None
     assert Ranges.load(recipe.ranges.table).fingerprint == table.fingerprint
     if isinstance(recipe.controller, QlipController):
-        layers = controlled(state.activations, attention=recipe.attention == "controlled")
+        layers = controlled(state.activations, **recipe.controls)
         controller = TextToBits.from_pretrained(recipe.controller.path)
         controller.check_made_for(table.fingerprint, recipe.activation_bits, layers)
 

@@ -124,6 +124,8 @@ def test_k_by_kind(states: dict[str, CalibratedState]) -> None:
         "upsample": 1,
     }
     assert len(controlled(names, attention=True)) == len(k) + 32
+    times = set(controlled(names, attention=False, time=True)) - set(k)
+    assert times == {name for name in names if "time_emb" in name}
     left = set(names) - set(controlled(names, attention=True))
     assert {kind_of(name) for name in left} == {
         "conv_in",
