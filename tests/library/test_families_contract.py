@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BackendCase]:
         del inputs["return_dict"]
         made[name] = BackendCase(
             backend=load_backend("torch"),
-            make_denoiser=lambda denoiser=denoiser: copy.deepcopy(denoiser),
+            make_denoiser=partial(copy.deepcopy, denoiser),
             state=state.__class__(state.format, state.layers, float_parameters=whole, source=state.source),
             inputs=inputs,
             ranges=Ranges(fitted, fingerprint=state.fingerprint),
