@@ -1060,11 +1060,14 @@ def _train_q2b(options: argparse.Namespace) -> int:
     facts = train_q2b_for(what)
     records = facts["records"]
     shown = [
-        f"{name}: {record}"
-        for name, record in zip(("first", "last"), records[:1] + records[-1:], strict=False)
+        f"trajectory {record['trajectory'] + 1}: relative error {record['mse']:.4f}, FAB {record['fab']:.2f}, loss "
+        f"{record['loss']:.4f}"
+        for record in (records[:1] + records[-1:] if records else ())
     ]
     plans = facts["plans"]
-    shown = shown or ["nothing was trained: Q2B as it starts"]
+    if not shown:
+        solved = facts["start"] == "sensitivity"
+        shown = ["solved from sensitivities" if solved else "nothing was trained: Q2B as it starts"]
     shown += [
         f"plans of {plans['prompts']} prompts (simulated): FAB {plans['fab']:.3f}, BitOPs (paper) "
         f"{plans['bitops_paper']:.6f} T, {plans['relative']:.4f} of the base; mean slope {plans['mean_slope']:.3f}, "
@@ -1108,7 +1111,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         references=options.references,
         metrics={} if options.metric is None else {options.metric: parse_options(metric_options)},
         wanted=Wanted(
-            names=options.allocations.split(","),
+            names=[name.strip() for name in options.allocations.split(",")],
             budgets=options.budget,
             controllers={name: Path(folder) for name, _, folder in controllers},
             sensitivity=options.sensitivity,

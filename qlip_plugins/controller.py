@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -782,10 +782,21 @@ def check_ranges(ranges: Ranges, recipe: Recipe, state: CalibratedState, planner
     Raises:
         IncompatibleModelError: the table lacks a width of the planner's.
     """
+    check_widths(ranges, recipe, state, {name: planner.widths(name) for name in planner.layers})
+
+
+def check_widths(
+    ranges: Ranges, recipe: Recipe, state: CalibratedState, widths: Mapping[str, Collection[int]]
+) -> None:
+    """The same for any widths of some quantizers.
+
+    Raises:
+        IncompatibleModelError: the table lacks one.
+    """
     if recipe.ranges is None or recipe.ranges.table is None:
         return
-    for name in planner.layers:
-        needed = planner.widths(name) - {FULL_PRECISION, state.activations[name].bits}
+    for name, wanted in widths.items():
+        needed = set(wanted) - {FULL_PRECISION, state.activations[name].bits}
         lacking = sorted(needed - set(ranges.fitted.get(name, {})))
         if lacking:
             raise IncompatibleModelError(

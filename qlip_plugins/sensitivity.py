@@ -18,7 +18,7 @@ from torch import Tensor
 from .adapter import load_backend
 from .artefacts import read_tensors, write_tensors
 from .budget import LinearCost, shift_for
-from .controller import BitController, TablePlanner, load_base, load_ranges
+from .controller import BitController, TablePlanner, check_widths, load_base, load_ranges
 from .embeddings import EncodedPrompts, encode
 from .errors import ArtefactError, IncompatibleModelError, RecipeError
 from .families import denoiser_of
@@ -232,6 +232,7 @@ def measure_sensitivity(
     layers = controlled(state.activations, **recipe.controls)
     ranges = load_ranges(recipe.ranges, state)
     widths = sorted(set(widths) - {FULL_PRECISION})
+    check_widths(ranges, recipe, state, dict.fromkeys(layers, widths))
     starts = range(0, len(prompts.prompts), batch)
     noises = noise_seeds(prompts.prompts, settings.seed)
     parts: list[Tensor] = []
@@ -403,7 +404,7 @@ def sensitivity(what: SensitivityRequest) -> dict[str, Any]:
         "quantizers": len(found.layers),
         "timesteps": len(found.timesteps),
         **{
-            f"error at {width} bits": f"{float(error):.3e}"
+            f"error at {width} bits, summed over steps and quantizers": f"{float(error):.3e}"
             for width, error in zip(widths, errors, strict=True)
         },
     }

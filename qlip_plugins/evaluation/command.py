@@ -314,7 +314,7 @@ class _Evaluation:
     def _facts(self, allocations: Mapping[str, Any]) -> dict[str, Any]:
         what = self.what
         pictures = len(what.prompts.prompts) * what.seeds
-        wanted, remarks = described(what.wanted, what.prompts.prompts)
+        wanted, remarks = described(what.wanted, what.recipe, what.prompts.prompts, what.settings)
         remarks += [*alike(self.plans), *off_cost(allocations)]
         notes = ["BitOPs and FAB are counted from the plan (simulated); no latency is measured"]
         if self.references is not None and pictures < FEW:

@@ -15,8 +15,9 @@ from ..allocations import CONTROLS, Situation, made, static_width
 from ..embeddings import MeanOfStates
 from ..errors import IncompatibleModelError, RecipeError
 from ..files import file_digest
+from ..generation import Settings
 from ..plan import BitPlan
-from ..recipe import Budget, QlipController
+from ..recipe import Budget, QlipController, Recipe
 from ..sensitivity import Sensitivity
 from ..text_to_bits import TRAINING_NAME, TextToBits
 from .errors import Pair
@@ -85,7 +86,9 @@ def alike(plans: Mapping[str, BitPlan]) -> list[str]:
     """Remarks on allocations that are the same plan under two names, as fitted controls can be."""
     by_plan: dict[str, list[str]] = {}
     for name, plan in plans.items():
-        by_plan.setdefault(plan.digest(), []).append(name)
+        # One row for all prompts, or the same row for each, is the same plan.
+        alone = plan.only(0) if bool((plan.bits == plan.bits[:1]).all()) else plan
+        by_plan.setdefault(alone.digest(), []).append(name)
     return [f"{' and '.join(names)} are the same plan" for names in by_plan.values() if len(names) > 1]
 
 
@@ -98,8 +101,10 @@ def title(name: str, budget: Budget | None, number: int) -> str:
     return f"{name}@{kind}={amount:g}{per}"
 
 
-def described(wanted: Wanted, prompts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What was asked for, with the digests of the files it names; and notes on prompts that a part was made from."""
+def described(
+    wanted: Wanted, recipe: Recipe, prompts: Sequence[str], settings: Settings
+) -> tuple[dict[str, Any], list[str]]:
+    """What was asked for, with the digests of the files it names; and notes on what a part was made from."""
     notes = []
     known = set(prompts)
     facts: dict[str, Any] = {
@@ -116,12 +121,27 @@ def described(wanted: Wanted, prompts: Sequence[str]) -> tuple[dict[str, Any], l
         shared = len(known & set(Sensitivity.load(wanted.sensitivity).prompts))
         if shared:
             notes.append(f"{shared} of these prompts are among those that the sensitivities were measured on")
-    for name, folder in (wanted.controllers or {}).items():
-        record = folder / TRAINING_NAME
-        shared = len(known & set(json.loads(record.read_text("utf-8"))["prompts"])) if record.is_file() else 0
-        if shared:
-            notes.append(f"{shared} of these prompts are among those that {name!r} was trained on")
+    folders = dict(wanted.controllers or {})
+    if isinstance(recipe.controller, QlipController):
+        folders["recipe"] = recipe.controller.path
+    for name, folder in folders.items():
+        if (folder / TRAINING_NAME).is_file():
+            record = json.loads((folder / TRAINING_NAME).read_text("utf-8"))
+            notes += _remarks(name, record, known, settings)
     return facts, notes
+
+
+def _remarks(name: str, record: Mapping[str, Any], prompts: set[str], settings: Settings) -> list[str]:
+    """What `training.json` of a controller says against this use of it."""
+    notes = []
+    shared = len(prompts & set(record["prompts"]))
+    if shared:
+        notes.append(f"{shared} of these prompts are among those that {name!r} was trained on")
+    for key in ("steps", "guidance_scale"):
+        made, here = record["settings"][key], getattr(settings, key)
+        if made != here:
+            notes.append(f"{name!r} was made for {key} {made:g}, here it is {here:g}")
+    return notes
 
 
 def allocations_of(pair: Pair, wanted: Wanted, clusters: Sequence[str]) -> dict[str, BitPlan]:

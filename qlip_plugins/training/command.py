@@ -56,6 +56,7 @@ _T2Q_WORK = "T2Q training"
 _Q2B_WORK = "Q2B training"
 _VERSION = 1
 _CHECKED_PROMPTS = 3
+_FEWEST_QUALITIES = 3
 _LEAST_COSINE = 0.999
 _POPULATION = 512
 _CURVES = "curves.png of a training"
@@ -130,10 +131,15 @@ def train_t2q_for(what: T2QRequest) -> dict[str, Any]:
         digest = file_digest(what.labels / "results.safetensors")
     if len(labels.prompts) < 2:
         raise RecipeError(f"{what.labels}: {len(labels.prompts)} prompts, too few to learn from")
+    if not labels.tags and what.split.tag != "concept":
+        raise RecipeError(
+            f"{what.labels}: the label set has no tags, so nothing can be held out by {what.split.tag!r}: leave "
+            "--held and --split-by out, and a share of its prompts is"
+        )
     if labels.tags and what.stop_by not in labels.tags:
         raise RecipeError(
-            f"--stop-by: the label set has no tag {what.stop_by!r}{nearest(what.stop_by, labels.tags)} (it has: "
-            f"{', '.join(sorted(labels.tags))})"
+            f"--stop-by or --split-by: the label set has no tag {what.stop_by!r}{nearest(what.stop_by, labels.tags)} "
+            f"(it has: {', '.join(sorted(labels.tags))})"
         )
     _check_embeddings(labels, pipe, what.recipe)
     train, held = rows_of(what.split, labels)
@@ -311,6 +317,7 @@ def train_q2b_for(what: Q2BRequest) -> dict[str, Any]:
     except ValueError as error:
         work.remove()  # nothing was begun
         raise RecipeError(f"training Q2B: {error}") from None
+    notes += _measured_on_held(what, trained)
     facts = {
         **_facts(what, trained, controller, texts, log),
         "plans": _plans(controller, prompts, costs),
@@ -368,6 +375,15 @@ def _texts(what: Q2BRequest, trained: TrainedT2Q) -> tuple[list[str], list[float
         return texts, _qualities(trained.t2q, embeddings), []
     prompts, remarks = without_held(trained.config, read_prompts(what.prompts_file), what.prompts_file)
     return _some(prompts.prompts, what.limit), [], remarks
+
+
+def _measured_on_held(what: Q2BRequest, trained: TrainedT2Q) -> list[str]:
+    """A remark where sensitivities come from prompts that T2Q is to be judged on."""
+    if what.sensitivity is None:
+        return []
+    held = set(trained.config.held_prompts)
+    shared = sum(prompt_digest(prompt) in held for prompt in Sensitivity.load(what.sensitivity).prompts)
+    return [f"{shared} prompts of {what.sensitivity} are among those that T2Q held out"] if shared else []
 
 
 def _some(items: Sequence[T], count: int) -> list[T]:
@@ -507,6 +523,11 @@ def _solve(
     table.check_measured_on(what.sensitivity, pipe, what.settings, controller.config.timesteps)
     measured = encode(pipe, what.recipe.model.prompt_embeddings, table.prompts, trained.config.pooling)
     quality = torch.tensor(_qualities(trained.t2q, measured.embeddings), dtype=torch.float64)
+    if len(quality.unique()) < _FEWEST_QUALITIES:
+        raise IncompatibleModelError(
+            f"{what.sensitivity}: measured on {len(quality)} prompts of {len(quality.unique())} different predicted "
+            f"qualities: how errors move with quality needs at least {_FEWEST_QUALITIES}, and some dozens"
+        )
     cost, target = resolved(what.budget, costs, len(table.timesteps), len(controller.config.layers))
     population = torch.tensor(controller.config.population, dtype=torch.float64)
     start_q2b(controller.q2b, table, quality, population, menu, cost, target)

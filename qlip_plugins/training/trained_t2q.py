@@ -284,5 +284,5 @@ def without_held(config: TrainedT2QConfig, prompts: PromptSet, path: Path) -> tu
 
 
 def prompt_digest(prompt: str) -> str:
-    """What stands for a held-out prompt in a T2Q's folder."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+    """What stands for a held-out prompt in a T2Q's folder, and for what CLIP's tokenizer makes the same of."""
+    return hashlib.sha256(" ".join(prompt.lower().split()).encode()).hexdigest()[:16]
