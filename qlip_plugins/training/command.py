@@ -451,7 +451,7 @@ def _continued(
     theirs = trained.t2q.state_dict()
     if any(not torch.equal(ours[name], theirs[name]) for name in ours if name in theirs):
         raise IncompatibleModelError(f"{folder}: its T2Q is not that of {what.t2q}")
-    if controller.config.timesteps != schedule(pipe.scheduler, what.settings.steps):
+    if controller.config.timesteps != schedule(pipe, what.settings.steps):
         raise IncompatibleModelError(
             f"{folder}: made for another schedule than {what.settings.steps} steps here"
         )

@@ -170,7 +170,7 @@ def new_controller(
         hidden=first.out_features,
         menu=recipe.activation_bits,
         layers=layers,
-        timesteps=schedule(pipe.scheduler, settings.steps),
+        timesteps=schedule(pipe, settings.steps),
         group=group,
         early=early,
         base_fingerprint=state.fingerprint,
@@ -255,11 +255,9 @@ def _sample_size(unet: Any) -> tuple[int, int]:
     return height, width
 
 
-def schedule(scheduler: Any, steps: int) -> tuple[float, ...]:
-    """The distinct timesteps that a diffusers scheduler visits, in the order of the first visit."""
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
-    return tuple(dict.fromkeys(float(t) for t in scheduler.timesteps.tolist()))
+def schedule(pipe: Any, steps: int) -> tuple[float, ...]:
+    """The distinct timesteps that a pipeline visits, in the order of the first visit."""
+    return tuple(dict.fromkeys(family_of(pipe).schedule(pipe.scheduler, steps)))
 
 
 def train_q2b(
@@ -333,7 +331,7 @@ def _check_trainable(
     absent = [name for name in config.layers if name not in quantizers]
     if absent:
         raise IncompatibleModelError(f"the model has no quantizer {absent[0]!r}, which the controller steers")
-    if config.timesteps != schedule(pipe.scheduler, settings.steps):
+    if config.timesteps != schedule(pipe, settings.steps):
         raise IncompatibleModelError(
             f"the controller is made for {len(config.timesteps)} timesteps from {config.timesteps[0]:g}, others than "
             f"{type(pipe.scheduler).__name__} visits in {settings.steps} steps"
