@@ -194,7 +194,7 @@ def _add_calibrate(verbs: Any, common: argparse.ArgumentParser) -> None:
     calibrate = verbs.add_parser(
         "calibrate",
         parents=[common],
-        help="quantize a pipeline's UNet as Q-Diffusion or PTQD does; can be resumed",
+        help="quantize a pipeline's denoiser as Q-Diffusion or PTQD does; can be resumed",
     )
     calibrate.add_argument("pipeline", help="folder, or hub id")
     calibrate.add_argument(

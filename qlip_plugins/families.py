@@ -59,6 +59,7 @@ class Family:
         places: where its result holds the states and the pooled embedding (None: it does not).
         example: the arguments of one call for a picture of the model's own size.
         schedule: the timesteps of that picture's calls, in order.
+        shared: arguments of a call that all its rows share.
         ldm_names: whether Q-Diffusion's and PTQD's files of such models exist (`ldm_names.py`).
     """
 
@@ -76,6 +77,7 @@ class Family:
     places: tuple[int, int | None] = (0, None)
     example: Callable[[Any, Conditioning], dict[str, Any]] = field(kw_only=True, repr=False)
     schedule: Callable[[Any, int], list[float]] = field(kw_only=True, repr=False)
+    shared: tuple[str, ...] = ()
     ldm_names: bool = False
 
     def denoiser_of(self, pipe: Any) -> Any:
@@ -202,6 +204,7 @@ FAMILIES = (
         encoders=("text_encoder", "text_encoder_2"),
         encode_options={"prompt_2": None},
         places=(0, 1),
+        shared=("img_ids", "txt_ids"),
         example=_flux_call,
         schedule=_flux_schedule,
     ),

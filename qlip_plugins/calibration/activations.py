@@ -19,7 +19,7 @@ from ..errors import IncompatibleModelError
 from ..grids import ActGrid
 from ..quantizer import fake_quantize_with_step
 from ..state import OPERANDS, SPLIT_SUFFIX
-from .gathering import UnitSamples
+from .gathering import UnitSamples, joined
 from .grid_search import range_grid, search_grid
 from .schemes import LayerSpec, Start
 from .units import Unit
@@ -225,7 +225,7 @@ def learn_steps(
         args, kwargs, target = samples.pick(order[iteration])
         for step, scale in zip(steps, (first * change.exp()).unbind(), strict=True):
             step.scale = scale
-        loss = samples.loss(module(*args, **kwargs), target, error)
+        loss = samples.loss(joined(module(*args, **kwargs)), target, error)
         adam.zero_grad(set_to_none=True)
         loss.backward()
         adam.step()

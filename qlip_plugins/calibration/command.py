@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..adapter import CheckpointWriter, load_base_quantizer
-from ..errors import AdapterNotFoundError, IncompatibleModelError, RecipeError
-from ..families import denoiser_of
+from ..errors import AdapterNotFoundError, RecipeError
+from ..families import denoiser_of, family_of
 from ..generation import load_model, placed
 from ..packed import NAME, check_writable, write_packed
 from ..recipe import ModelSection
@@ -48,7 +48,7 @@ def calibrate_pipeline(
     work: Path,
     say: Callable[[str], None],
 ) -> Result:
-    """Calibrate a pipeline's UNet and write the result.
+    """Calibrate a pipeline's denoiser and write the result.
 
     Args:
         pipeline: folder or hub id.
@@ -67,10 +67,7 @@ def calibrate_pipeline(
     model = _model_section(pipeline, prompt_embeddings)
     check_writable(out)
     pipe = placed(load_model(model), settings.sampling)
-    if getattr(pipe, "unet", None) is None:
-        raise IncompatibleModelError(
-            f"{pipeline}: {type(pipe).__name__} has no UNet, and only UNets are calibrated"
-        )
+    family_of(pipe)  # refused now, before anything is sampled
     writer = None if native is None else _writer(settings.scheme)
     for folder in _native_folders(native, settings).values():
         if writer is not None:

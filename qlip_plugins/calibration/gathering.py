@@ -70,7 +70,7 @@ class UnitSamples:
         """Squared error of the unit's output over the energy of its target."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for args, kwargs, target in self.batches():
-            total += (unit(*args, **kwargs) - target).double().square().sum()
+            total += (joined(unit(*args, **kwargs)) - target).double().square().sum()
         return float(total) / self.energy / self.target.numel()
 
     @cached_property
@@ -82,6 +82,11 @@ class UnitSamples:
     def loss(self, found: Tensor, target: Tensor, error: float) -> Tensor:
         """Squared error of some rows, `()`, in units of the unit's `error` at the start: about 1 there."""
         return (found - target).square().mean() / (max(error, 1e-12) * self.energy)
+
+
+def joined(output: Any) -> Tensor:
+    """A unit's output as one tensor; where text and image come apart, the tokens of one after the other's."""
+    return output if isinstance(output, Tensor) else torch.cat(tuple(output), dim=1)
 
 
 class _Reached(Exception):  # noqa: N818 (no error: the unit has been reached)
@@ -133,8 +138,8 @@ def _place(device: torch.device, needed: float) -> torch.device:
 def _output(name: str, model: nn.Module, call: dict[str, Any]) -> Tensor:
     caught: list[Tensor] = []
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        caught.append(output)
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        caught.append(joined(output))
         raise _Reached
 
     handle = model.get_submodule(name).register_forward_hook(hook)

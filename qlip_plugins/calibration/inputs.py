@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..artefacts import read_tensors, write_tensors
 from ..errors import ArtefactError, IncompatibleModelError
-from ..families import denoiser_of
+from ..families import Family, family_of
 from ..generation import Settings, sample_model
 from ..progress import progress
 from ..recipe import ModelSection
@@ -32,16 +32,19 @@ class DenoiserInputs:
 
     Args:
         tensors: argument name -> `(S, ...)`; a tensor inside a mapping is called `argument.key`.
+        shared: argument name -> what all rows share.
     """
 
     tensors: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.tensors["sample"])
+        return len(next(iter(self.tensors.values())))
 
     def call(self, rows: slice, device: torch.device) -> dict[str, Any]:
         """The keyword arguments of one call with some of the rows."""
-        arguments: dict[str, Any] = {"return_dict": False}
+        arguments: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.shared.items()}
+        arguments["return_dict"] = False
         for name, tensor in self.tensors.items():
             argument, _, key = name.partition(".")
             value = tensor[rows].to(device)
@@ -58,7 +61,7 @@ class DenoiserInputs:
 
     def save(self, path: Path) -> None:
         """Write as safetensors, whole or not at all."""
-        write_tensors(path, FORMAT, VERSION, self.tensors)
+        write_tensors(path, FORMAT, VERSION, {**self.tensors, **self.shared}, shared=sorted(self.shared))
 
     @classmethod
     def load(cls, path: Path) -> DenoiserInputs:
@@ -67,10 +70,11 @@ class DenoiserInputs:
         Raises:
             ArtefactError: missing, damaged, or of another kind.
         """
-        tensors, _ = read_tensors(path, FORMAT, VERSION)
-        if "sample" not in tensors or len({len(tensor) for tensor in tensors.values()}) != 1:
+        tensors, facts = read_tensors(path, FORMAT, VERSION)
+        shared = {name: tensors.pop(name) for name in facts.get("shared", ()) if name in tensors}
+        if len({len(tensor) for tensor in tensors.values()}) != 1:
             raise ArtefactError(f"{path}: its tensors are no rows of denoiser calls; remove it and run again")
-        return cls(tensors)
+        return cls(tensors, shared)
 
 
 def collect(
@@ -82,7 +86,7 @@ def collect(
     timesteps are met equally often. Of a guided call both halves are kept.
 
     Args:
-        pipe: a text-to-image pipeline with a UNet, on its device.
+        pipe: a text-to-image pipeline of a known family, on its device.
         model: where prompts are encoded, or their embeddings come from.
         prompts: as many as `rows` allows are used, from the first.
         settings: steps, guidance and noise seed.
@@ -92,7 +96,8 @@ def collect(
     Raises:
         IncompatibleModelError: the denoiser takes arguments that have no rows.
     """
-    halves = 2 if settings.guidance_scale > 1 else 1
+    family = family_of(pipe)
+    halves = 2 if settings.guidance_scale > 1 and family.guidance == "halves" else 1
     used = list(prompts[: max(1, rows // halves)])
     chunk = max(1, batch // halves)
     catcher = _Catcher(pipe, len(used), max(1, rows // halves))
@@ -102,7 +107,8 @@ def collect(
             catcher.expect(start, len(some))
             sample_model(pipe, model, some, settings, "latent", before=used[:start])
     return DenoiserInputs(
-        {name: torch.cat([call[name] for call in catcher.kept]) for name in catcher.kept[0]}
+        {name: torch.cat([call[name] for call in catcher.kept]) for name in catcher.kept[0]},
+        catcher.shared,
     )
 
 
@@ -117,6 +123,8 @@ class _Catcher:
 
     def __init__(self, pipe: Any, prompts: int, wanted: int) -> None:
         self.kept: list[dict[str, Tensor]] = []
+        self.shared: dict[str, Tensor] = {}
+        self._family = family_of(pipe)
         self._pipe, self._prompts, self._wanted = pipe, prompts, wanted
         self._first = self._here = self._call = 0
 
@@ -126,19 +134,19 @@ class _Catcher:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        handle = denoiser_of(self._pipe).register_forward_pre_hook(self._catch, with_kwargs=True)
+        handle = self._family.denoiser_of(self._pipe).register_forward_pre_hook(self._catch, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
     def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = _rows_of(module, args, kwargs)
+        found, self.shared = _rows_of(self._family, module, args, kwargs)
         every = stride(len(self._pipe.scheduler.timesteps), self._prompts, self._wanted)
         # The rows of a guided call: all prompts without, then all prompts with their text.
         chosen = [
             row
-            for row in range(len(found["sample"]))
+            for row in range(len(found[self._family.sample]))
             if (self._call + place(self._first + row % self._here, self._prompts, every)) % every == 0
         ]
         self._call += 1
@@ -167,14 +175,18 @@ def _taken(calls: int, prompts: int, every: int) -> int:
     return sum(len(range(start, calls, every)) for start in starts)
 
 
-def _rows_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def _rows_of(
+    family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The arguments of a call that have a row for each sample, and those that all share."""
     arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    count = len(arguments["sample"])
+    count = len(arguments[family.sample])
+    shared = {name: arguments[name].detach().cpu() for name in family.shared if name in arguments}
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, Mapping):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}
-        elif value is not None and name not in _IGNORED:
+        elif value is not None and name not in (*_IGNORED, *shared):
             flat[name] = value
     found: dict[str, Tensor] = {}
     for name, value in flat.items():
@@ -191,4 +203,4 @@ def _rows_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 f"{type(module).__name__} is called with {name} of shape {tuple(tensor.shape)} for {count} rows"
             )
         found[name] = tensor.detach()
-    return found
+    return found, shared

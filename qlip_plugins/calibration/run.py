@@ -6,6 +6,7 @@ import copy
 import hashlib
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -100,8 +101,10 @@ def calibrate(
         inputs, held_out = _inputs(pipe, model, prompts, settings, folder)
         device = next(denoiser.parameters()).device
         call = inputs.call(slice(0, 1), device)
+        begun = time.perf_counter()
         units = find_units(denoiser, specs, settings.softmax is not None, call)
-        say(_memory_needed(units, len(inputs)))
+        say(_needed(units, inputs, denoiser, settings, time.perf_counter() - begun))
+        begun = time.perf_counter()
         job = _Job(
             denoiser,
             copy.deepcopy(denoiser).requires_grad_(False),
@@ -118,7 +121,7 @@ def calibrate(
         state = _state(denoiser, layers, str(model.pipeline))
         grids = {bits: _in_order(state, found) for bits, found in grids.items()}
         errors = _model_errors(denoiser, state, grids, held_out, settings.batch_size)
-        say(_memory_used(device))
+        say(f"{_memory_used(device)}; {_minutes(time.perf_counter() - begun)}")
     report = {
         "settings": settings.described(),
         "prompts": len(prompts),
@@ -341,10 +344,35 @@ def _told(unit: Unit, errors: UnitErrors) -> str:
     return f"{unit.name}: {errors.before:.2e} -> {errors.after:.2e}"
 
 
-def _memory_needed(units: Sequence[Unit], samples: int) -> str:
+def _needed(
+    units: Sequence[Unit],
+    inputs: DenoiserInputs,
+    denoiser: nn.Module,
+    settings: CalibrationSettings,
+    call_seconds: float,
+) -> str:
+    """Memory and time that the calibration is going to take, roughly.
+
+    Both models are kept, and of one unit at a time all samples. For each unit both run as far as it, for the
+    weights and for each width; then it learns, which takes three times as long as running it.
+    """
     largest = max(units, key=lambda unit: unit.values)
-    size = largest.values * samples * 4 / 2**20
-    return f"{len(units)} units, {samples} samples; the largest unit, {largest.name}, keeps {size:,.0f} MiB of them"
+    kept = largest.values * len(inputs) * 4 / 2**20
+    models = (
+        2 * sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters()) / 2**20
+    )
+    widths = len(settings.activation_bits)
+    runs = len(units) * len(inputs) * (1 + widths)
+    learning = 3 * settings.batch_size * (settings.iterations + widths * settings.activation_iterations)
+    return (
+        f"{len(units)} units, {len(inputs)} samples; the two models take {models:,.0f} MiB, and the samples of "
+        f"the largest unit, {largest.name}, {kept:,.0f} MiB (on the CPU where the device has no room); roughly "
+        f"{_minutes(call_seconds * (runs + learning))}"
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes"
 
 
 def _memory_used(device: torch.device) -> str:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
 from ..attention import check_plain
 from ..errors import IncompatibleModelError
+from .gathering import joined
 from .schemes import LayerSpec, Scheme
 
-_BLOCKS = (ResnetBlock2D, BasicTransformerBlock)
+_BLOCKS = (ResnetBlock2D, BasicTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
 _LAYERS = (nn.Conv2d, nn.Linear)
 _ATTENTIONS = (".attn1", ".attn2")
 
@@ -41,12 +43,12 @@ def layer_specs(denoiser: nn.Module, scheme: Scheme, weight_bits: int) -> dict[s
     """How each layer that a scheme quantizes is quantized, by module path, in the model's order.
 
     Args:
-        denoiser: a diffusers UNet.
+        denoiser: of diffusers.
         scheme: what is quantized.
         weight_bits: of every layer for which the scheme has no width of its own.
 
     Raises:
-        IncompatibleModelError: it is no UNet of diffusers, or one that the scheme is not defined on.
+        IncompatibleModelError: its shape is unknown, or one that the scheme is not defined on.
     """
     splits = shortcut_splits(denoiser)
     names = [path for path, module in denoiser.named_modules() if isinstance(module, _LAYERS)]
@@ -58,10 +60,10 @@ def layer_specs(denoiser: nn.Module, scheme: Scheme, weight_bits: int) -> dict[s
 def find_units(
     denoiser: nn.Module, specs: Mapping[str, LayerSpec], operands: bool, call: Mapping[str, Any]
 ) -> list[Unit]:
-    """Take a UNet apart. Where nothing is quantized, in a downsampler say, there is no unit.
+    """Take a denoiser apart. Where nothing is quantized, in a downsampler say, there is no unit.
 
     Args:
-        denoiser: a diffusers UNet.
+        denoiser: of diffusers.
         specs: the layers that are quantized, by module path.
         operands: whether the operands of attention's products are, too.
         call: keyword arguments of one call with one row; the order of the units is seen in it.
@@ -86,16 +88,19 @@ def find_units(
 def shortcut_splits(denoiser: nn.Module) -> dict[str, int]:
     """Where the shortcuts of a UNet's decoder are split: layer -> channels that come from the decoder.
 
-    A residual block there reads the decoder's feature, then the encoder's skip, as one tensor; the two
-    have ranges of their own.
+    A transformer has none. A residual block there reads the decoder's feature, then the encoder's skip, as one tensor;
+    the two have ranges of their own.
 
     Raises:
-        IncompatibleModelError: it is no UNet of diffusers.
+        IncompatibleModelError: it is neither a UNet of diffusers nor a transformer with known blocks.
     """
+    if any(isinstance(module, FluxTransformerBlock) for module in denoiser.modules()):
+        return {}
     decoder, encoder = getattr(denoiser, "up_blocks", None), getattr(denoiser, "down_blocks", None)
     if not decoder or not encoder or not all(hasattr(block, "resnets") for block in (*decoder, *encoder)):
         raise IncompatibleModelError(
-            f"{type(denoiser).__name__} is no UNet of diffusers with residual blocks: only those are calibrated"
+            f"{type(denoiser).__name__} is neither a UNet of diffusers with residual blocks nor FLUX's transformer: "
+            "only those are calibrated"
         )
     deepest = getattr(denoiser, "mid_block", None) or encoder[-1]
     channels = deepest.resnets[-1].out_channels
@@ -129,13 +134,13 @@ def _run_order(denoiser: nn.Module, names: list[str], call: Mapping[str, Any]) -
     sizes: dict[str, int] = {}
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if name in sizes:
                 raise IncompatibleModelError(
                     f"{name} runs twice in one call: such a denoiser is not calibrated"
                 )
             read = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            sizes[name] = sum(tensor.numel() for tensor in read) + output.numel()
+            sizes[name] = sum(tensor.numel() for tensor in read) + joined(output).numel()
 
         return hook
 

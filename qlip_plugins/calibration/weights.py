@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..state import CalibratedLayer, WeightPart
-from .gathering import UnitSamples
+from .gathering import UnitSamples, joined
 from .grid_search import search_grid
 from .schemes import LayerSpec
 from .units import Unit
@@ -151,7 +151,7 @@ def learn_rounding(
     for iteration in range(iterations):
         args, kwargs, target = samples.pick(order[iteration])
         soft = soft_rounding(rounding.alpha)
-        found = functional_call(module, rounding.weights(soft), args, kwargs, tie_weights=False)
+        found = joined(functional_call(module, rounding.weights(soft), args, kwargs, tie_weights=False))
         loss = samples.loss(found, target, error)
         done = (iteration / iterations - _WARM_UP) / (1 - _WARM_UP)
         if done >= 0:
