@@ -776,19 +776,32 @@ def _recipe(options: argparse.Namespace, *unused: str) -> Recipe:
     return Recipe.load(options.recipe, _given(options), unused)
 
 
-def _given(options: argparse.Namespace) -> dict[str, str]:
-    """The recipe's values that `--set` gives; what has no section's name is a metric's option."""
-    pairs = [text.partition("=") for text in options.set]
-    for text, (key, equals, _) in zip(options.set, pairs, strict=True):
-        if not key or not equals:
-            raise RecipeError(f"--set {text}: expected KEY=VALUE")
-    return {key: value for key, _, value in pairs if key.partition(".")[0] in Recipe.model_fields}
+_WHOLE = ("controller", "backend", "attention", "time_layers", "description")
 
 
-def _metric_options(options: argparse.Namespace) -> list[str]:
-    return [
-        text for text in options.set if text.partition(".")[0].partition("=")[0] not in Recipe.model_fields
-    ]
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's values that `--set` gives; what else it gives is a metric's option, where the verb has one."""
+    found = parse_options(options.set)
+    ours = {key: value for key, value in found.items() if _is_of_recipe(key)}
+    others = [key for key in found if key not in ours]
+    if others and not hasattr(options, "metric"):
+        raise RecipeError(
+            f"--set {others[0]}=...: no value of a recipe; expected SECTION.KEY=VALUE with one of "
+            f"{', '.join(Recipe.model_fields)}, or controller=FOLDER"
+        )
+    empty = [key for key, value in ours.items() if value is None or value == ""]
+    if empty:
+        raise RecipeError(f"--set {empty[0]}=: no value; expected KEY=VALUE")
+    return ours
+
+
+def _is_of_recipe(key: str) -> bool:
+    section, dot, _ = key.partition(".")
+    return key in _WHOLE or (bool(dot) and section in Recipe.model_fields)
+
+
+def _metric_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key, value in parse_options(options.set).items() if not _is_of_recipe(key)}
 
 
 def _recipe_list(options: argparse.Namespace) -> int:
@@ -941,7 +954,7 @@ def _label(options: argparse.Namespace) -> int:
         recipe=recipe,
         prompts=prompts,
         metric=options.metric,
-        options=parse_options(_metric_options(options)),
+        options=_metric_options(options),
         settings=_settings(options),
         out=options.out,
         work=_work(options),
@@ -1087,7 +1100,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     prompts.check_distinct(options.prompts)
     metric_options = _metric_options(options)
     if metric_options and options.metric is None:
-        raise RecipeError(f"--set {metric_options[0]}: an option of a metric, and there is no --metric")
+        first = next(iter(metric_options))
+        raise RecipeError(f"--set {first}=...: an option of a metric, and there is no --metric")
     controllers = [text.partition("=") for text in options.controller]
     for text, (_, equals, folder) in zip(options.controller, controllers, strict=True):
         if not equals or not folder:
@@ -1109,7 +1123,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         batch=options.batch_size,
         features=None if options.features is None else tuple(options.features),
         references=options.references,
-        metrics={} if options.metric is None else {options.metric: parse_options(metric_options)},
+        metrics={} if options.metric is None else {options.metric: metric_options},
         wanted=Wanted(
             names=[name.strip() for name in options.allocations.split(",")],
             budgets=options.budget,

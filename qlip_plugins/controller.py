@@ -146,8 +146,10 @@ class PolicyPlanner:
 
     def plan(self, text: Conditioning, timesteps: tuple[float, ...], costs: Costs) -> BitPlan:
         """See `Planner.plan`."""
-        plan = self._policy.plan(costs.calls, self.layers, *self._widths)
-        return replace(plan, bits=plan.bits.expand(len(text), -1, -1).clone())
+        found = self._policy.plan(costs.calls, self.layers, *self._widths)
+        # Timesteps before the loop's first iteration are not visited.
+        rows = [found.bits[:, 0] if t not in found.timesteps else found.at(t) for t in timesteps]
+        return BitPlan(torch.stack(rows, dim=1).expand(len(text), -1, -1).clone(), timesteps, self.layers)
 
     def digest(self) -> str:
         """See `Planner.digest`."""
@@ -318,6 +320,8 @@ class BitController:
         self._columns: dict[tuple[float, int], list[int | Tensor]] = {}
         self._visits: Visits = Counter()
         self._call: Any = None
+        self._first: tuple[float, Tensor] | None = None
+        self._begin = 0
         self._handle = self._denoiser.register_forward_pre_hook(_Steering(self), with_kwargs=True)
 
     @property
@@ -356,6 +360,7 @@ class BitController:
         for quantizer in self.quantizers.values():
             quantizer.set_bits(quantizer.base_bits)
         self.planner, self._plan, self._seen, self._columns = planner, None, (None, None), {}
+        self._first = None
 
     def plan_for(self, text: Conditioning) -> BitPlan:
         """The plan of P prompts, for generations like the last one.
@@ -443,6 +448,7 @@ class BitController:
             self._columns[timestep, copies] = self._columns_at(timestep, copies)
         for name, bits in zip(self.planner.layers, self._columns[timestep, copies], strict=True):
             self.quantizers[name].set_bits(bits)
+        self._first = None if again else (timestep, call.sample)
         if again:
             # Both calls of a guided step count as one with two rows, as where guidance is one call.
             self._visits[timestep, 1] -= 1
@@ -451,27 +457,33 @@ class BitController:
             self._visits[timestep, copies] += 1
 
     def _scheduled(self, call: Call) -> float:
-        given = call.arguments["timestep"]
         assert self._plan is not None  # _decide has run
+        return self._among(call, list(self._plan.timesteps))
+
+    def _among(self, call: Call, known: list[float]) -> float:
+        """The one of the scheduler's timesteps that a call means."""
+        given = call.arguments["timestep"]
         now = getattr(self.pipe, "_current_timestep", None)
         return scheduled(
             self.family,
             call.timestep,
-            list(self._plan.timesteps),
+            known,
             given.dtype if isinstance(given, Tensor) else torch.float64,
             None if now is None else float(now),
         )
 
     def _is_guiding_call(self, call: Call) -> bool:
-        """Whether this is the second of two calls at a timestep, the one without text."""
-        seen_timesteps, seen_states = self._seen
-        return (
-            self.family.guidance == "calls"
-            and self._plan is not None
-            and self.pipe.scheduler.timesteps is seen_timesteps
-            and call.states is not seen_states
-            and self._visits[self._scheduled(call), 1] > 0
+        """Whether this is the second of two calls of a guided step: the same samples, at the same timestep."""
+        seen_timesteps, _ = self._seen
+        if self.family.guidance != "calls" or self._first is None:
+            return False
+        if self.pipe.scheduler.timesteps is not seen_timesteps:
+            return False
+        timestep, sample = self._first
+        same = call.sample is sample or (
+            call.sample.shape == sample.shape and torch.equal(call.sample, sample)
         )
+        return same and self._scheduled(call) == timestep
 
     def _copies(self, call: Call) -> int:
         """2 where the call's rows are [uncond, cond] halves, else 1.
@@ -525,7 +537,10 @@ class BitController:
                 "`correction:`"
             )
         calls = [float(timestep) for timestep in timesteps.tolist()]
-        costs = self._costs(calls)
+        # Image to image starts late: the loop's first iteration is the call at hand, as far as costs and policies go.
+        if timesteps is not seen_timesteps:
+            self._begin = calls.index(self._among(call, list(dict.fromkeys(calls))))
+        costs = self._costs(calls[self._begin :])
         plan = self.planner.plan(call.conditioning(copies), tuple(dict.fromkeys(calls)), costs)
         # A callback may swap the text states in mid-run (to end guidance, say): the same generation.
         if timesteps is not seen_timesteps or self._plan is None or plan.digest() != self._plan.digest():
@@ -742,17 +757,8 @@ def make_planner(pipe: Any, recipe: Recipe, state: CalibratedState) -> Planner:
     if isinstance(section, TableController):
         return TablePlanner(BitPlan.load(section.plan), known)
     if isinstance(section, PolicyController):
-        return _policy_planner(pipe, section, layers)
+        return PolicyPlanner(layers, StepPolicy.load(section.path), section.native, section.a16)
     return _prompt_planner(pipe, section, recipe, state, layers)
-
-
-def _policy_planner(pipe: Any, section: PolicyController, layers: tuple[str, ...]) -> PolicyPlanner:
-    policy, component = StepPolicy.load(section.path), family_of(pipe).component
-    if component not in policy.scope:
-        raise IncompatibleModelError(
-            f"{section.path}: the policy is for {', '.join(policy.scope)}, the pipeline's denoiser is its {component}"
-        )
-    return PolicyPlanner(layers, policy, section.native, section.a16)
 
 
 def _prompt_planner(

@@ -148,24 +148,23 @@ class EncodedPrompts:
             )
         source = source_for(pipe, pooling)
         try:
-            encoded = []
-            for prompt in progress(["", *prompts], "encoding prompts"):
+            empty = family.empty(pipe)
+            rest = []
+            for prompt in progress(prompts, "encoding prompts"):
                 text = family.encoded(pipe, prompt)
                 pooled = None if text.pooled is None else text.pooled[0].cpu()
-                encoded.append((text.states[0].cpu(), source.embed(text)[0].float(), pooled))
+                rest.append((text.states[0].cpu(), source.embed(text)[0].float(), pooled))
         finally:
             source.remove()
-        (empty, _, empty_pooled), *rest = encoded
+        both = [one for _, _, one in rest if one is not None]
         return cls(
             prompts=tuple(prompts),
             states=torch.stack([states for states, _, _ in rest]),
-            empty=empty,
+            empty=empty.states[0].cpu(),
             embeddings=torch.stack([z for _, z, _ in rest]),
             pooling=pooling,
-            pooled=None
-            if empty_pooled is None
-            else torch.stack([one for _, _, one in rest if one is not None]),
-            empty_pooled=empty_pooled,
+            pooled=torch.stack(both) if both else None,
+            empty_pooled=None if empty.pooled is None else empty.pooled[0].cpu(),
         )
 
 
@@ -186,8 +185,23 @@ def encode(
         IncompatibleModelError: as of `EncodedPrompts.from_pipeline`.
     """
     if table is not None:
+        check_table_serves(pipe)
         return EncodedPrompts.from_table(PromptEmbeddings.load(table), prompts)
     return EncodedPrompts.from_pipeline(pipe, prompts, pooling or own_pooling(pipe))
+
+
+def check_table_serves(pipe: Any) -> None:
+    """Check that precomputed states are all that a pipeline's denoiser needs of a prompt.
+
+    Raises:
+        IncompatibleModelError: it gets a pooled embedding, too, which a table does not hold.
+    """
+    family = family_of(pipe)
+    if family.pooled:
+        raise IncompatibleModelError(
+            f"model.prompt_embeddings: a table holds text states alone, and {type(pipe).__name__} (family "
+            f"{family.name}) passes a pooled embedding, too: leave it out, and give a pipeline with its text encoders"
+        )
 
 
 def own_pooling(pipe: Any) -> Pooling:

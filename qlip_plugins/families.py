@@ -95,6 +95,19 @@ class Family:
         states, pooled = self.places
         return Conditioning(found[states], None if pooled is None else found[pooled])
 
+    def empty(self, pipe: Any) -> Conditioning:
+        """What one of its pipelines guides away from where no negative prompt is given."""
+        text = self.encoded(pipe, "")
+        if not pipe.config.get("force_zeros_for_empty_prompt", False):
+            return text
+        return Conditioning(
+            torch.zeros_like(text.states), None if text.pooled is None else torch.zeros_like(text.pooled)
+        )
+
+    def guides_by_halves(self, denoiser: Any) -> bool:
+        """Whether its pipelines double the batch to guide; a denoiser that is told the scale needs no second half."""
+        return self.guidance == "halves" and denoiser.config.get("time_cond_proj_dim") is None
+
     def matches(self, denoiser: Any) -> bool:
         """Whether a denoiser is of this family."""
         return type(denoiser).__name__ == self.denoiser and all(
@@ -347,7 +360,7 @@ def scheduled(
     Raises:
         IncompatibleModelError: it means none of them, or two.
     """
-    if timestep in known:
+    if family.timestep_unit == 1 and timestep in known:
         return timestep
 
     def told(one: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapter import load_base_quantizer
 from .controller import GenerationCosts, check_ranges, load_ranges, make_planner, with_splits
-from .embeddings import EncodedPrompts, PromptEmbeddings
+from .embeddings import EncodedPrompts, PromptEmbeddings, check_table_serves
 from .errors import ArtefactError, IncompatibleModelError
 from .families import Conditioning, Family, family_of
 from .files import folder_written_whole
@@ -121,7 +121,7 @@ def forecast(recipe: Recipe, prompts: Sequence[str], settings: Settings) -> Fore
         seconds = encoded + time.perf_counter() - begun
     finally:
         planner.remove()
-    rows = 2 if settings.guidance_scale > 1 and family.guidance == "halves" else 1
+    rows = 2 if settings.guidance_scale > 1 and family.guides_by_halves(family.denoiser_of(pipe)) else 1
     visits = Counter((timestep, rows) for timestep in calls)
     found = cost_of(plan, counts, state.weight_bits(), base_bits, visits)
     return Forecast(tuple(prompts), plan, tuple(found), _quality_error(recipe), costs.base_bitops(), seconds)
@@ -152,6 +152,7 @@ def _base(recipe: Recipe, family: Family, pipe: Any) -> CalibratedState:
 
 def _conditioning(family: Family, pipe: Any, recipe: Recipe, prompts: Sequence[str]) -> Conditioning:
     if recipe.model.prompt_embeddings is not None:
+        check_table_serves(pipe)
         table = PromptEmbeddings.load(recipe.model.prompt_embeddings)
         return EncodedPrompts.from_table(table, prompts).conditioning
     if any(getattr(pipe, name, None) is None for name in family.encoders):

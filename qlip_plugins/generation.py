@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .artefacts import versions
 from .controller import BitController, apply
-from .embeddings import EncodedPrompts, PromptEmbeddings
+from .embeddings import EncodedPrompts, PromptEmbeddings, check_table_serves
 from .errors import INSTALL_HINT, ArtefactError, HostError, IncompatibleModelError
 from .families import COMPONENTS, denoiser_of, family_of
 from .files import folder_written_whole
@@ -227,6 +227,7 @@ def sample_model(
             )
         call["prompt"] = list(prompts)
     else:
+        check_table_serves(pipe)
         table = PromptEmbeddings.load(model.prompt_embeddings)
         states, empty = table.of(prompts), table.of([""] * len(prompts))
         dtype = denoiser_of(pipe).dtype

@@ -11,11 +11,10 @@ import torch
 
 from .errors import RecipeError
 from .evaluation.errors import Batch, Judges, Measuring, Pair, paired
-from .families import family_of
 from .generation import Settings, load_pipeline, placed
 from .metrics import mean_cost
 from .plan import BitPlan
-from .recipe import Recipe, Width
+from .recipe import FULL_PRECISION, Recipe
 from .step_policy import collapsed
 
 
@@ -36,8 +35,8 @@ class PolicyRequest:
     recipe: Recipe
     prompts: Sequence[str]
     settings: Settings
-    native: Width
-    a16: Width
+    native: int
+    a16: int
     measured: int
     out: Path
 
@@ -53,18 +52,17 @@ def export_policy(what: PolicyRequest) -> dict[str, Any]:
         RecipeError: widths or numbers that make no policy.
         QlipError: as of `evaluate`.
     """
-    if what.native >= what.a16 or what.measured < 1 or what.out.is_dir():
+    if not 2 <= what.native < what.a16 <= FULL_PRECISION or what.measured < 1 or what.out.is_dir():
         raise RecipeError(
-            f"--native {what.native}, --a16 {what.a16}, --measure {what.measured}, --out {what.out}: expected the "
-            "first below the second, at least one prompt to measure, and a file"
+            f"--native {what.native}, --a16 {what.a16}, --measure {what.measured}, --out {what.out}: expected 2 to 32 "
+            "bits, the first below the second, at least one prompt to measure, and a file"
         )
     pipe = placed(load_pipeline(what.recipe), what.settings)
     with paired(pipe, what.recipe, what.prompts, what.settings) as pair:
         plan, controller = pair.recipe_plan, pair.controller
         counts, calls = controller.counts(), list(controller.costs().calls)
         weights = torch.tensor([counts.of(name) for name in plan.layers], dtype=torch.float64)
-        component = family_of(pipe).component
-        policy = collapsed(plan, calls, weights, what.native, what.a16, component)
+        policy = collapsed(plan, calls, weights, what.native, what.a16)
         plans = {
             "recipe": plan,
             "policy": policy.plan(calls, plan.layers, what.native, what.a16),

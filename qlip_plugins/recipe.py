@@ -34,6 +34,7 @@ from .adapter import (
     load_correction,
 )
 from .errors import AdapterNotFoundError, RecipeError
+from .model_folder import RECIPE_NAME, checked, is_model
 from .schema import PathOrHubId, RecipePath, StrictModel, nearest
 from .yaml_lines import Document, read_document
 
@@ -208,7 +209,7 @@ class Recipe(StrictModel):
 
     @classmethod
     def from_yaml(
-        cls, path: str | Path, given: Mapping[str, str] | None = None, unused: Collection[str] = ()
+        cls, path: str | Path, given: Mapping[str, Any] | None = None, unused: Collection[str] = ()
     ) -> Recipe:
         """Read and check a recipe file.
 
@@ -231,7 +232,7 @@ class Recipe(StrictModel):
 
     @classmethod
     def with_needs(
-        cls, path: str | Path, given: Mapping[str, str] | None = None, unused: Collection[str] = ()
+        cls, path: str | Path, given: Mapping[str, Any] | None = None, unused: Collection[str] = ()
     ) -> tuple[Recipe, list[str]]:
         """A recipe file as `from_yaml` reads it, and the keys at which it says `???`: what a user has to give.
 
@@ -241,9 +242,14 @@ class Recipe(StrictModel):
         document = read_document(Path(path))
         problems = list(document.problems)
         data = _completed(document.data, given or {}, unused)
+        bare = [name for name in data if data[name] == NEEDED] if isinstance(data, dict) else []
+        if bare:
+            raise RecipeError(
+                f"{path}: {bare[0]} is {NEEDED!r}: say so of each value that a user has to give, not of a section"
+            )
         recipe = None
         try:
-            recipe = cls.model_validate(data, context={"base_dir": Path(path).resolve().parent})
+            recipe = cls.model_validate(data, context={"base_dir": Path(path).absolute().parent})
         except ValidationError as error:
             problems += [_line_of(document, dict(found)) for found in error.errors()]
         if problems or recipe is None:
@@ -252,7 +258,7 @@ class Recipe(StrictModel):
 
     @classmethod
     def load(
-        cls, name_or_path: str | Path, given: Mapping[str, str] | None = None, unused: Collection[str] = ()
+        cls, name_or_path: str | Path, given: Mapping[str, Any] | None = None, unused: Collection[str] = ()
     ) -> Recipe:
         """A shipped recipe by name, or a recipe file by path; otherwise as `from_yaml`.
 
@@ -287,28 +293,37 @@ class Recipe(StrictModel):
         return [f"{key}: {path}" for key, path in named if isinstance(path, Path) and not path.exists()]
 
 
-def _completed(data: Any, given: Mapping[str, str], unused: Collection[str]) -> Any:
+def _completed(data: Any, given: Mapping[str, Any], unused: Collection[str]) -> Any:
     """A recipe's data with the values that a user gives, and without unfinished sections that are not used."""
     if not isinstance(data, dict):
         return data
     data = copy.deepcopy(data)
-    for key, text in given.items():
-        # What names a file does so from where the user is, not from where the recipe is.
-        value = str(Path(text).resolve()) if Path(text).exists() else YAML(typ="safe").load(text)
+    for key, value in given.items():
         if key == "controller":
-            data[key] = {"kind": "qlip", "path": value}
+            known = data.get(key)
+            kept = known if isinstance(known, dict) and known.get("kind") == "qlip" else {}
+            data[key] = {**kept, "kind": "qlip", "path": _from_here(value)}
             continue
         *sections, last = key.split(".")
         place = data
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise RecipeError(f"--set {key}={text}: {section!r} is no section")
-        place[last] = value
+                raise RecipeError(f"--set {key}: {section!r} is no section of the recipe")
+        place[last] = _from_here(value)
     for section in unused:
-        if any(_needs(data.get(section))):
+        if any(True for _ in _needs(data.get(section))):
             data[section] = {"controller": {"kind": "static", "bits": "base"}}.get(section)
     return {key: value for key, value in data.items() if value is not None}
+
+
+def _from_here(value: Any) -> Any:
+    """What names a file does so from where the user is, not from where the recipe is."""
+    try:
+        is_file = isinstance(value, str) and value != "" and Path(value).exists()
+    except OSError:  # a text too long for a name
+        is_file = False
+    return str(Path(value).absolute()) if is_file else value
 
 
 def _needs(data: Any, key: str = "") -> Iterator[str]:
@@ -359,8 +374,9 @@ def find_recipe(name_or_path: str | Path) -> Path:
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
     path = Path(name_or_path)
-    if (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"  # a whole model (`sharing.py`)
+    if is_model(path):
+        checked(path)
+        return path / RECIPE_NAME
     if not path.is_file():
         raise RecipeError(
             f"{path}: no such recipe file, and no shipped recipe of that name"

@@ -93,6 +93,11 @@ def _as_path_or_hub_id(value: Any, info: ValidationInfo) -> Any:
     return value if _HUB_ID.fullmatch(value) and not path.exists() else path
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a hub id, `someone/something`."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
 RecipePath = Annotated[Path, BeforeValidator(_as_path)]
 """A file: `package://NAME/inside`, absolute, or relative to the recipe that names it."""
 

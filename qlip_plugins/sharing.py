@@ -14,14 +14,12 @@ The pipeline that was quantized is named, not copied: its weights are its makers
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
-
-from pydantic import Field, ValidationError
+from typing import Any, Self
 
 from .adapter import load_base_quantizer
 from .artefacts import versions
@@ -29,14 +27,14 @@ from .controller import BitController, apply
 from .errors import ArtefactError, HostError, IncompatibleModelError, RecipeError
 from .files import file_digest, folder_written_whole
 from .generation import load_model
+from .model_folder import CONFIG_NAME, FORMAT, RECIPE_NAME, ModelConfig, checked
 from .packed import write_packed
 from .recipe import QlipController, Recipe, TableController, dump
-from .schema import StrictModel
+from .schema import is_hub_id
 from .state import CalibratedState
+from .text_to_bits import CONFIG_NAME as CONTROLLER_CONFIG
+from .text_to_bits import CURVES_NAME, TRAINING_NAME, WEIGHTS_NAME
 
-FORMAT: Literal["qlip-plugins model"] = "qlip-plugins model"
-CONFIG_NAME = "config.json"
-RECIPE_NAME = "recipe.yaml"
 CARD_NAME = "README.md"
 _OWNED = (
     RECIPE_NAME,
@@ -47,28 +45,11 @@ _OWNED = (
     "plan.safetensors",
     "policy.json",
     "correction.safetensors",
+    "correction",
+    "prompt_embeddings.safetensors",
 )
+_CONTROLLER = (CONTROLLER_CONFIG, WEIGHTS_NAME, TRAINING_NAME, CURVES_NAME)
 _HUB_FILES = ["*.json", "*.safetensors", "*.yaml", "*.md", "*/*.json", "*/*.safetensors", "*/*.png"]
-
-
-class ModelConfig(StrictModel):
-    """`config.json` of a whole model.
-
-    Args:
-        quant_method: what tools that list quantized models look for.
-        base_model: the pipeline that was quantized.
-        base_fingerprint: of the base with its activations.
-        files: path in the folder -> SHA-256.
-        versions: of the packages that wrote it.
-    """
-
-    format: Literal["qlip-plugins model"] = FORMAT
-    version: Literal[1] = 1
-    quant_method: Literal["qlip"] = "qlip"
-    base_model: str
-    base_fingerprint: str
-    files: dict[str, str] = Field(min_length=1)
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -121,8 +102,17 @@ class QlipModel:
         folder = Path(name)
         if not folder.is_dir():
             folder = _from_hub(str(name), revision, cache_dir, local_files_only, token)
-        config = _checked(folder)
-        return cls(Recipe.from_yaml(folder / RECIPE_NAME), config.base_fingerprint)
+        config = checked(folder)
+        recipe = Recipe.from_yaml(folder / RECIPE_NAME)
+        for key, path in _parts(recipe).items():
+            # By name, not by where links lead: the hub's cache is made of links.
+            if not Path(os.path.normpath(path.absolute())).is_relative_to(
+                os.path.normpath(folder.absolute())
+            ):
+                raise ArtefactError(
+                    f"{folder / RECIPE_NAME}: {key} is {path}, which is not part of the folder"
+                )
+        return cls(recipe, config.base_fingerprint)
 
     def save_pretrained(self, folder: str | Path, base_model: str | None = None) -> None:
         """Write the folder, whole or not at all; an earlier one is replaced.
@@ -137,12 +127,20 @@ class QlipModel:
             RecipeError: the recipe's pipeline is a path on this machine, and no other name for it is given.
         """
         recipe = self.recipe
+        missing = [file for file in recipe.missing_files() if not file.startswith("model.pipeline")]
+        if missing:
+            raise ArtefactError(f"cannot be saved without its files: {', '.join(missing)}")
         named = base_model or _portable(recipe.model.pipeline)
+        if not named.startswith("package://") and not is_hub_id(named):
+            raise RecipeError(
+                f"--base-model {named}: expected the hub id of the pipeline, such as someone/pipeline"
+            )
         data: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
         with folder_written_whole(Path(folder), FORMAT, CONFIG_NAME, *_OWNED) as made:
             data["model"]["pipeline"] = named
             if recipe.model.prompt_embeddings is not None:
-                data["model"]["prompt_embeddings"] = _portable(recipe.model.prompt_embeddings)
+                shutil.copyfile(recipe.model.prompt_embeddings, made / "prompt_embeddings.safetensors")
+                data["model"]["prompt_embeddings"] = "prompt_embeddings.safetensors"
             data["base"] = _write_base(recipe, named, made / "base")
             _copy_parts(recipe, data, made)
             (made / RECIPE_NAME).write_text(dump(data), encoding="utf-8")
@@ -151,7 +149,7 @@ class QlipModel:
             files = {
                 str(path.relative_to(made)): file_digest(path)
                 for path in sorted(made.rglob("*"))
-                if path.is_file()
+                if path.is_file() and path.name != CARD_NAME
             }
             config = ModelConfig(
                 base_model=named, base_fingerprint=self.base_fingerprint, files=files, versions=versions()
@@ -163,8 +161,19 @@ class QlipModel:
         return load_model(self.recipe.model)
 
     def apply(self, pipe: Any) -> BitController:
-        """Put the model on its pipeline; see `qlip_plugins.apply`."""
-        return apply(pipe, self.recipe)
+        """Put the model on its pipeline; see `qlip_plugins.apply`.
+
+        Raises:
+            IncompatibleModelError: as of `apply`, or the base is not the one that was saved.
+        """
+        controller = apply(pipe, self.recipe)
+        if controller.state.fingerprint != self.base_fingerprint:
+            controller.remove()
+            raise IncompatibleModelError(
+                f"the base has the fingerprint {controller.state.fingerprint[:12]}..., the model was saved with "
+                f"{self.base_fingerprint[:12]}..."
+            )
+        return controller
 
 
 def convert(recipe_base: Any, pipeline: str, out: Path) -> dict[str, Any]:
@@ -206,7 +215,7 @@ def _write_state(state: CalibratedState, pipeline: str, folder: Path) -> dict[st
     if state.to_complete is not None:
         raise IncompatibleModelError(
             f"{state.source}: its activation grids are known only after a run of the model: give the file of zero "
-            "points (docs/ptqd.md), `--set base.zero_points=FILE`"
+            "points (docs/ptqd.md; `convert ... --set zero_points=FILE`, elsewhere `--set base.zero_points=FILE`)"
         )
     widths = {grid.bits for name, grid in state.activations.items() if name not in state.operands}
     if len(widths) > 1:
@@ -234,7 +243,10 @@ def _copy_parts(recipe: Recipe, data: dict[str, Any], made: Path) -> None:
         data["ranges"]["table"] = "ranges.safetensors"
     controller = recipe.controller
     if isinstance(controller, QlipController):
-        shutil.copytree(controller.path, made / "controller")
+        (made / "controller").mkdir()
+        for name in _CONTROLLER:
+            if (controller.path / name).is_file():
+                shutil.copyfile(controller.path / name, made / "controller" / name)
         data["controller"]["path"] = "controller"
     elif isinstance(controller, TableController):
         shutil.copyfile(controller.plan, made / "plan.safetensors")
@@ -244,8 +256,23 @@ def _copy_parts(recipe: Recipe, data: dict[str, Any], made: Path) -> None:
         data["controller"]["path"] = "policy.json"
     statistics = getattr(recipe.correction, "statistics", None)
     if isinstance(statistics, Path):
-        shutil.copyfile(statistics, made / "correction.safetensors")
-        data["correction"]["statistics"] = "correction.safetensors"
+        name = "correction" if statistics.is_dir() else "correction.safetensors"
+        (shutil.copytree if statistics.is_dir() else shutil.copyfile)(statistics, made / name)
+        data["correction"]["statistics"] = name
+    strange = [key for key, value in data.get("correction", {}).items() if Path(str(value)).is_absolute()]
+    if strange:
+        raise RecipeError(f"correction.{strange[0]}: a path on this machine, which cannot be saved")
+
+
+def _parts(recipe: Recipe) -> dict[str, Path]:
+    """The files of a recipe that belong to its folder, by key."""
+    sections = {name: getattr(recipe, name) for name in ("base", "ranges", "controller", "correction")}
+    return {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        for key, value in section or ()
+        if isinstance(value, Path)
+    }
 
 
 def _portable(path: str | Path) -> str:
@@ -272,30 +299,6 @@ def _portable(path: str | Path) -> str:
     )
 
 
-def _checked(folder: Path) -> ModelConfig:
-    path = folder / CONFIG_NAME
-    try:
-        config = ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ArtefactError(f"{path}: {error.strerror}, expected what `qlip-plugins save` wrote") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ArtefactError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except ValueError as error:
-        raise ArtefactError(f"{path}: not JSON: {error}") from None
-    for name, digest in config.files.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()) and not file.is_symlink():
-            raise ArtefactError(f"{path}: names {name!r}, a file outside of the folder")
-        if not file.is_file():
-            raise ArtefactError(f"{file}: missing; get the folder again")
-        if file_digest(file) != digest:
-            raise ArtefactError(
-                f"{file}: not the file that was saved (its SHA-256 differs); get the folder again"
-            )
-    return config
-
-
 def _from_hub(
     name: str,
     revision: str | None,
@@ -318,7 +321,7 @@ def _from_hub(
         )
     except Exception as error:  # the hub's own errors are of many kinds
         raise ArtefactError(
-            f"{name}: no such folder, and not to be had from the hub or its cache: {str(error).splitlines()[0]}"
+            f"{name}: no such folder, and not to be had from the hub or its cache: {str(error) or type(error).__name__}"
         ) from None
     return Path(found)
 

@@ -1,7 +1,8 @@
 """The step policy of diffusers, vllm-omni and sglang: two precisions, chosen by the place of a step alone.
 
 `quantization_config.runtime.diffusion_step_policy` in a denoiser's `config.json` says that the first and last
-steps run with 16-bit activations, and all others on the checkpoint's own quantizers. It knows neither layers nor
+steps run with 16-bit activations, and all others on the checkpoint's own quantizers. Its readers follow it on their own
+low-precision checkpoints (diffusers: ModelOpt FP8 of Cosmos3) and leave others alone. It knows neither layers nor
 prompts, so a controller's plans are collapsed to it, and lose what the collapse costs; as a plan it can be read
 and followed here. Source: `diffusers/pipelines/cosmos/mixed_precision.py` of diffusers 0.42, schema version 1.
 """
@@ -9,8 +10,8 @@ and followed here. Source: `diffusers/pipelines/cosmos/mixed_precision.py` of di
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,12 @@ class Steps(StrictModel):
     """Steps at one end of the sampling."""
 
     count: int = Field(ge=0)
-    mode: Literal["a16"] = "a16"
+    mode: Literal["a16", "native"]
+
+    @property
+    def wide(self) -> int:
+        """How many of them run with 16-bit activations."""
+        return self.count if self.mode == "a16" else 0
 
 
 class StepPolicy(StrictModel):
@@ -39,7 +45,8 @@ class StepPolicy(StrictModel):
     schema_version: Literal[1]
     type: Literal["first_last_n"]
     index_space: Literal["denoising_loop_iteration"]
-    scope: list[str] = Field(min_length=1)
+    scope: list[Literal["transformer"]] = Field(min_length=1, max_length=1)
+    """Their word for the denoiser, whatever it is in a pipeline."""
     default_mode: Literal["native"]
     first_steps: Steps
     last_steps: Steps
@@ -47,16 +54,16 @@ class StepPolicy(StrictModel):
     reasoner: Literal["a16", "native"]
 
     @classmethod
-    def first_last(cls, first: int, last: int, component: str) -> StepPolicy:
-        """16-bit activations in the first and last steps of a pipeline's component."""
+    def first_last(cls, first: int, last: int) -> StepPolicy:
+        """16-bit activations in the first and last steps."""
         return cls(
             schema_version=1,
             type="first_last_n",
             index_space="denoising_loop_iteration",
-            scope=[component],
+            scope=["transformer"],
             default_mode="native",
-            first_steps=Steps(count=first),
-            last_steps=Steps(count=last),
+            first_steps=Steps(count=first, mode="a16"),
+            last_steps=Steps(count=last, mode="a16"),
             overlap="a16",
             reasoner="a16",
         )
@@ -95,8 +102,8 @@ class StepPolicy(StrictModel):
         """For each iteration of the denoising loop whether it runs with 16-bit activations."""
         if calls == 1:
             return [False]  # as its readers have it
-        first = [index < self.first_steps.count for index in range(calls)]
-        last = [index >= calls - self.last_steps.count for index in range(calls)]
+        first = [index < self.first_steps.wide for index in range(calls)]
+        last = [index >= calls - self.last_steps.wide for index in range(calls)]
         both = self.overlap == "a16"
         return [both if a and b else a or b for a, b in zip(first, last, strict=True)]
 
@@ -124,9 +131,7 @@ class StepPolicy(StrictModel):
         return BitPlan(row[None, :, None].expand(1, -1, len(layers)).clone(), tuple(widths), layers)
 
 
-def collapsed(
-    plan: BitPlan, calls: Sequence[float], weights: Tensor, native: int, a16: int, component: str
-) -> StepPolicy:
+def collapsed(plan: BitPlan, calls: Sequence[float], weights: Tensor, native: int, a16: int) -> StepPolicy:
     """The policy nearest to the mean plan of some prompts.
 
     Nearest by the squared difference of the mean width, summed over the loop's iterations; of equally near ones
@@ -138,31 +143,17 @@ def collapsed(
         weights: `(K,)`, what a layer counts in the mean, such as its MACs.
         native: the width of a native step.
         a16: the width of a wide step.
-        component: that the policy is for, such as `unet` or `transformer`.
     """
     share = weights.double() / weights.sum()
     mean = {
         timestep: float((plan.at(timestep).double().mean(0) * share).sum()) for timestep in plan.timesteps
     }
-    wanted = [mean[timestep] for timestep in calls]
-    repeated = {timestep for timestep, count in Counter(calls).items() if count > 1}
-
-    def distance(first: int, last: int) -> float:
-        policy = StepPolicy.first_last(first, last, component).wide(len(calls))
-        return sum(((a16 if wide else native) - one) ** 2 for wide, one in zip(policy, wanted, strict=True))
-
-    def expressible(first: int, last: int) -> bool:
-        policy = StepPolicy.first_last(first, last, component).wide(len(calls))
-        return all(
-            len({wide for t, wide in zip(calls, policy, strict=True) if t == timestep}) == 1
-            for timestep in repeated
-        )
-
-    pairs = [
-        (first, last)
-        for first in range(len(calls) + 1)
-        for last in range(len(calls) + 1 - first)
-        if expressible(first, last)
-    ]
-    first, last = min(pairs, key=lambda pair: (round(distance(*pair), 9), sum(pair), pair))
-    return StepPolicy.first_last(first, last, component)
+    # What a wide step costs more, or less, than a native one, summed from the first step and from the last.
+    gain = [(a16 - mean[timestep]) ** 2 - (native - mean[timestep]) ** 2 for timestep in calls]
+    first = list(accumulate(gain, initial=0.0))
+    last = list(accumulate(reversed(gain), initial=0.0))
+    # Iterations at one timestep stay together: a policy may end only between two timesteps.
+    ends = [i for i in range(len(calls) + 1) if i in (0, len(calls)) or calls[i - 1] != calls[i]]
+    pairs = ((begin, len(calls) - end) for begin in ends for end in ends if begin <= end)
+    best = min(pairs, key=lambda pair: (round(first[pair[0]] + last[pair[1]], 9), sum(pair), pair))
+    return StepPolicy.first_last(*best)

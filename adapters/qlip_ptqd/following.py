@@ -180,6 +180,7 @@ def validity_of(recipe: Recipe, controller: BitController) -> Validity:
         base_fingerprint=controller.state.fingerprint,
         ranges_digest=controller.ranges.digest(),
         attention=recipe.attention,
+        time_layers=recipe.time_layers,
         plan=controller.planner.digest(),
     )
 

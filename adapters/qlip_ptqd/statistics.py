@@ -101,6 +101,7 @@ class Validity:
         base_fingerprint: of the quantized model (`CalibratedState.fingerprint`).
         ranges_digest: of the ranges that the recipe names.
         attention: "base" or "controlled".
+        time_layers: likewise; files of before there was a choice hold for "base".
         plan: digest of the planner whose own plans were followed; None also for fixed widths.
         guidance_scale: of the guided prediction.
         steps: inference steps.
@@ -113,6 +114,7 @@ class Validity:
     base_fingerprint: str | None = None
     ranges_digest: str | None = None
     attention: str | None = None
+    time_layers: str = "base"
     plan: str | None = None
     guidance_scale: float | None = None
     steps: int | None = None
@@ -121,7 +123,8 @@ class Validity:
     def __post_init__(self) -> None:
         for name in ("base_fingerprint", "ranges_digest", "plan"):
             self._check(name, "a text", lambda value: isinstance(value, str))
-        self._check("attention", "'base' or 'controlled'", lambda value: value in ("base", "controlled"))
+        for name in ("attention", "time_layers"):
+            self._check(name, "'base' or 'controlled'", lambda value: value in ("base", "controlled"))
         self._check("guidance_scale", "a finite number", _is_number)
         self._check("steps", "a whole number above 0", lambda value: type(value) is int and value > 0)
         self._check("schedule", "texts, numbers, true, false or null by name", _is_schedule)

@@ -212,6 +212,10 @@ def train_on_base(
     """
     ranges = load_ranges(recipe.ranges, state)
     check_ranges(ranges, recipe, state, PromptPlanner(text_to_bits, MeanOfStates()))
+    _check_made_for(pipe, text_to_bits, prompts, settings)
+    if not training.trajectories:
+        return []
+    _check_trainable(pipe)
     weights = None
     if training.cost == "macs":
         weights = mac_weights(denoiser_of(pipe), state, text_to_bits.config.layers, prompts.states.shape[1:])
@@ -301,9 +305,11 @@ def train_q2b(
         ArtefactError: the state in `work` is damaged.
         ValueError: weights are given for another cost, or missing, or the slope is to be positive and is not.
     """
-    if not training.trajectories:
-        return []
-    _check_trainable(pipe, quantizers, text_to_bits, prompts, settings)
+    absent = [name for name in text_to_bits.config.layers if name not in quantizers]
+    if absent:
+        raise IncompatibleModelError(f"the model has no quantizer {absent[0]!r}, which the controller steers")
+    _check_made_for(pipe, text_to_bits, prompts, settings)
+    _check_trainable(pipe)
     trainer = _Q2BTrainer(pipe, teacher, quantizers, text_to_bits, prompts, settings, training, weights)
     records = trainer.restore(work)
     try:
@@ -320,17 +326,8 @@ def train_q2b(
     return records
 
 
-def _check_trainable(
-    pipe: Any,
-    quantizers: Mapping[str, ActQuantizer],
-    text_to_bits: TextToBits,
-    prompts: EncodedPrompts,
-    settings: Settings,
-) -> None:
+def _check_made_for(pipe: Any, text_to_bits: TextToBits, prompts: EncodedPrompts, settings: Settings) -> None:
     config = text_to_bits.config
-    absent = [name for name in config.layers if name not in quantizers]
-    if absent:
-        raise IncompatibleModelError(f"the model has no quantizer {absent[0]!r}, which the controller steers")
     if config.timesteps != schedule(pipe, settings.steps):
         raise IncompatibleModelError(
             f"the controller is made for {len(config.timesteps)} timesteps from {config.timesteps[0]:g}, others than "
@@ -341,6 +338,9 @@ def _check_trainable(
             f"the controller reads embeddings of length {config.embedding_dim}, pooling {config.pooling!r}; the "
             f"prompts have {prompts.embeddings.shape[1]}, {prompts.pooling!r}"
         )
+
+
+def _check_trainable(pipe: Any) -> None:
     family = family_of(pipe)
     denoiser: Any = family.denoiser_of(pipe)
     if denoiser.dtype == torch.float16:

@@ -114,11 +114,7 @@ def test_published_settings_say_what_they_need_and_take_it(
 
 
 def test_set_gives_any_value_and_refuses_what_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    given = {
-        "activation_bits.high": "24",
-        "controller.budget": "{relative: 0.9}",
-        "time_layers": "controlled",
-    }
+    given = {"activation_bits.high": 24, "controller.budget": {"relative": 0.9}, "time_layers": "controlled"}
     recipe = Recipe.load("golden-w4a8", given)
     assert recipe.activation_bits.high == 24
     assert recipe.controls == {"attention": False, "time": True}
@@ -126,8 +122,23 @@ def test_set_gives_any_value_and_refuses_what_is_none(capsys: pytest.CaptureFixt
     assert "did you mean 'weight_bits'" in capsys.readouterr().err
     assert main(["recipe", "check", "golden-w4a8", "--set", "backend.name=torch"]) == 2
     assert "'backend' is no section" in capsys.readouterr().err
-    assert main(["recipe", "check", "golden-w4a8", "--set", "base"]) == 2
-    assert "expected KEY=VALUE" in capsys.readouterr().err
+    for wrong, message in (
+        (["base"], "expected KEY=VALUE"),
+        (["controller="], "no value"),
+        (["bse.checkpoint=3"], "no value of a recipe"),
+        (["base.weight_bits=[4"], "--set base.weight_bits=[4"),
+        (["base.weight_bits=4", "base.weight_bits=8"], "set twice"),
+        (["base.checkpoint=" + "x" * 300], "no such file"),
+    ):
+        pairs = [part for text in wrong for part in ("--set", text)]
+        assert main(["recipe", "check", "golden-w4a8", *pairs]) in (2, 3)
+        assert message in capsys.readouterr().err
+    kept = Recipe.load(
+        "demo-qlip-468", {"controller.budget": {"fab": 5.5, "per": "batch"}, "controller": "elsewhere"}
+    )
+    assert kept.controller.kind == "qlip"
+    assert kept.controller.budget is not None
+    assert kept.controller.path.name == "elsewhere"
 
 
 def test_the_schema_knows_every_section_and_the_adapter_s_options() -> None:

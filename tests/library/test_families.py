@@ -21,13 +21,14 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
-from family_models import MENU, PIPELINES, call_options, make, qlip_recipe
+from family_models import MENU, PIPELINES, call_options, make, one_call, qlip_recipe
 from torch import Tensor
 
 from qlip_plugins.controller import BitController, apply
-from qlip_plugins.embeddings import encode
+from qlip_plugins.embeddings import PromptEmbeddings, encode
 from qlip_plugins.errors import IncompatibleModelError
 from qlip_plugins.families import FAMILIES, denoiser_of, family_of, scheduled
+from qlip_plugins.generation import text_arguments
 from qlip_plugins.recipe import Recipe
 from qlip_plugins.text_to_bits import TextToBits
 
@@ -271,11 +272,63 @@ def test_a_controller_of_another_pooling_is_refused(
         apply(pipe, recipe.model_copy(update={"controller": section}))
 
 
+def test_flux_s_calls_are_told_by_their_samples(
+    models: dict[str, tuple[Any, Recipe]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts one after the other at each timestep are no guided step; the same prompt twice is."""
+    pipe, recipe = models["flux"]
+    text = encode(pipe, None, PROMPTS)
+    assert text.pooled is not None
+    calls = [one_call("flux", pipe) for _ in PROMPTS]
+    with apply(pipe, recipe) as controller:
+        pipe.scheduler.set_timesteps(2, mu=0.5)
+        digests = []
+        for t in pipe.scheduler.timesteps:
+            for row, call in enumerate(calls):
+                call["hidden_states"] = torch.randn(1, *call["hidden_states"].shape[1:])
+                call |= {"encoder_hidden_states": text.states[row : row + 1], "timestep": t.reshape(1) / 1000}
+                call["txt_ids"] = torch.zeros(text.states.shape[1], 3)
+                call |= {"pooled_projections": text.pooled[row : row + 1], "guidance": torch.ones(1)}
+                pipe.transformer(**call)
+                assert controller.plan is not None
+                digests.append(controller.plan.digest())
+        assert digests[0] == digests[2] != digests[1] == digests[3]
+        run("flux", pipe, PROMPTS, negative_prompt=PROMPTS)
+        assert {rows for _, rows in controller.visits} == {2}, "guided away from the prompt itself"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_encoded_prompts_are_sampled_as_the_pipeline_does(
+    models: dict[str, tuple[Any, Recipe]], name: str
+) -> None:
+    pipe, _ = models[name]
+    small = {"height": 16, "width": 16}
+    encoded = encode(pipe, None, PROMPTS)
+    arguments = text_arguments(pipe, encoded)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+    found = pipe(**small, **arguments, generator=generators, **options).images
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    expected = pipe(**small, prompt=PROMPTS, generator=generators, **options).images
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_table_of_states_does_not_serve_a_family_with_pooled_text(
+    models: dict[str, tuple[Any, Recipe]], tmp_path: Path
+) -> None:
+    pipe, _ = models["sdxl"]
+    PromptEmbeddings(("", "a"), torch.zeros(2, 8, 32)).save(tmp_path / "table.safetensors")
+    with pytest.raises(IncompatibleModelError, match="passes a pooled embedding, too"):
+        encode(pipe, tmp_path / "table.safetensors", ["a"])
+
+
 def test_coarse_timesteps_are_told_by_the_pipeline_or_refused() -> None:
     flux = next(family for family in FAMILIES if family.name == "flux")
     known = [999.0, 998.0, 500.0]
     coarse = float((torch.tensor(998.0).bfloat16() / 1000) * 1000)
     assert scheduled(flux, coarse, known, torch.bfloat16, 998.0) == 998.0
+    near = [1000.0, 998.5, 500.0]
+    assert scheduled(flux, 1000.0, near, torch.bfloat16, 998.5) == 998.5, "998.5 is 1000 in bfloat16"
     with pytest.raises(IncompatibleModelError, match="2 that are the same in"):
         scheduled(flux, coarse, known, torch.bfloat16, None)
     half = float((torch.tensor(500.0).bfloat16() / 1000) * 1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from ruamel.yaml import YAML
 from qlip_plugins import QlipModel, Recipe, load_base_quantizer
 from qlip_plugins.cli import main
 from qlip_plugins.errors import ArtefactError, RecipeError
+from qlip_plugins.files import file_digest
+from qlip_plugins.model_folder import CONFIG_NAME, RECIPE_NAME
 from qlip_plugins.packed import read_packed
-from qlip_plugins.sharing import CONFIG_NAME, RECIPE_NAME
 
 SAMPLING = ("--prompt", "row 3", "--prompt", "row 9", "--steps", "3", "--guidance", "2")
 
@@ -56,10 +58,9 @@ def test_the_folder_says_what_it_is(saved: Path) -> None:
     head = YAML(typ="safe").load(card.split("---")[1])
     assert head["base_model_relation"] == "quantized"
     assert head["library_name"] == "diffusers"
-    assert "package://" not in (saved / RECIPE_NAME).read_text().replace(config["base_model"], "").replace(
-        "package://qlip_recipes/golden_w4a8/prompt_embeddings.safetensors", ""
-    )
-    assert QlipModel.from_pretrained(saved).recipe.base.adapter == "packed"
+    assert "package://" not in (saved / RECIPE_NAME).read_text().replace(config["base_model"], "")
+    (saved / "README.md").write_text(card + "\nEdited.\n")
+    assert QlipModel.from_pretrained(saved).recipe.base.adapter == "packed", "a card may be edited"
 
 
 @pytest.mark.parametrize("name", ["base/weights.safetensors", "controller/model.safetensors", "recipe.yaml"])
@@ -71,6 +72,8 @@ def test_a_changed_or_missing_file_is_found_before_anything_is_loaded(
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(ArtefactError, match="not the file that was saved"):
             QlipModel.from_pretrained(saved)
+        with pytest.raises(ArtefactError, match="not the file that was saved"):
+            Recipe.load(saved)
         path.unlink()
         with pytest.raises(ArtefactError, match="missing; get the folder again"):
             QlipModel.from_pretrained(saved)
@@ -90,6 +93,37 @@ def test_a_config_that_points_outside_is_refused(saved: Path, tmp_path: Path) ->
         QlipModel.from_pretrained(tmp_path)
 
 
+def test_a_recipe_that_points_outside_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    shutil.copytree(saved / "base", tmp_path / "base")
+    text = (folder / RECIPE_NAME).read_text().replace("folder: base", "folder: ../base")
+    (folder / RECIPE_NAME).write_text(text)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["files"][RECIPE_NAME] = file_digest(folder / RECIPE_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(ArtefactError, match=r"base\.folder is .*, which is not part of the folder"):
+        QlipModel.from_pretrained(folder)
+
+
+def test_a_hub_cache_of_links_is_read(saved: Path, tmp_path: Path) -> None:
+    """As the hub's cache lies: every file a link into `blobs`."""
+    cache, revision = tmp_path / "models--someone--model", "0" * 40
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(revision)
+    for number, file in enumerate(sorted(path for path in saved.rglob("*") if path.is_file())):
+        blob = cache / "blobs" / f"{number:040d}"
+        blob.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, blob)
+        link = cache / "snapshots" / revision / file.relative_to(saved)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    model = QlipModel.from_pretrained("someone/model", cache_dir=tmp_path, local_files_only=True)
+    pipe = model.load_pipeline()
+    with model.apply(pipe) as controller:
+        assert controller.state.fingerprint == model.base_fingerprint
+
+
 def test_what_is_no_folder_is_asked_of_the_hub_and_offline_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArtefactError, match="no such folder, and not to be had from the hub or its cache"):
         QlipModel.from_pretrained("nobody/nothing", local_files_only=True)
@@ -103,6 +137,11 @@ def test_a_pipeline_on_this_machine_needs_a_name(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     model.save_pretrained(tmp_path / "out", base_model="someone/pipeline")
     assert QlipModel.from_pretrained(tmp_path / "out").recipe.model.pipeline == "someone/pipeline"
+    with pytest.raises(RecipeError, match="expected the hub id"):
+        model.save_pretrained(tmp_path / "elsewhere", base_model="./here/pipe")
+    (tmp_path / "controller" / "notes.txt").write_text("private")
+    model.save_pretrained(tmp_path / "out", base_model="someone/pipeline")
+    assert not (tmp_path / "out" / "controller" / "notes.txt").exists()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
     with pytest.raises(ArtefactError, match=r"holds .thesis\.tex."):
