@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.resources import files
 from io import StringIO
@@ -290,7 +291,9 @@ class Recipe(StrictModel):
         named.append(("model.pipeline", self.model.pipeline))
         if self.ranges is not None:
             named.append(("ranges.table", self.ranges.table))
-        return [f"{key}: {path}" for key, path in named if isinstance(path, Path) and not path.exists()]
+        return [
+            f"{key}: {path}" for key, path in named if isinstance(path, Path) and not os.path.exists(path)
+        ]
 
 
 def _completed(data: Any, given: Mapping[str, Any], unused: Collection[str]) -> Any:
@@ -319,11 +322,8 @@ def _completed(data: Any, given: Mapping[str, Any], unused: Collection[str]) -> 
 
 def _from_here(value: Any) -> Any:
     """What names a file does so from where the user is, not from where the recipe is."""
-    try:
-        is_file = isinstance(value, str) and value != "" and Path(value).exists()
-    except OSError:  # a text too long for a name
-        is_file = False
-    return str(Path(value).absolute()) if is_file else value
+    # `os.path` takes a text that is no name, too long say, for no file; `Path` raises.
+    return str(Path(value).absolute()) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def _needs(data: Any, key: str = "") -> Iterator[str]:
