@@ -306,7 +306,8 @@ def _named(width: int | None) -> str:
 
 def _validity(facts: Mapping[str, Any]) -> Validity:
     known, found = {field.name for field in fields(Validity)}, facts.get("validity")
-    if not isinstance(found, dict) or found.keys() != known:
+    # Files of before there was a choice lack the last.
+    if not isinstance(found, dict) or not known - {"time_layers"} <= found.keys() <= known:
         raise ArtefactError(f"validity: expected {', '.join(sorted(known))}, found {_shown(found)}")
     try:
         return Validity(**found)

@@ -318,7 +318,7 @@ def test_units_of_the_golden_model(model: GoldenModel, states: dict[str, Calibra
 
 
 def test_other_denoisers_are_refused() -> None:
-    with pytest.raises(IncompatibleModelError, match="Linear is no UNet of diffusers"):
+    with pytest.raises(IncompatibleModelError, match="Linear is neither a UNet of diffusers"):
         layer_specs(nn.Linear(2, 2), SCHEMES["qdiffusion"], 4)
 
 

@@ -337,4 +337,4 @@ def test_every_prompt_comes_before_any_comes_again() -> None:
 
 
 def test_the_schedule_lists_each_timestep_once(model: GoldenModel) -> None:
-    assert schedule(model.pipe().scheduler, 4) == (751.0, 501.0, 251.0, 1.0)
+    assert schedule(model.pipe(), 4) == (751.0, 501.0, 251.0, 1.0)
