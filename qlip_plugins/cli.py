@@ -532,8 +532,12 @@ def _add_forecast(verbs: Any, common: argparse.ArgumentParser) -> None:
         "forecast",
         parents=[common],
         help="say what a recipe will do to prompts, before any picture is made",
+        allow_abbrev=False,
     )
     forecast.add_argument("prompt", nargs="*", metavar="PROMPT")
+    forecast.add_argument(
+        "--prompt", dest="more", action="append", default=[], metavar="TEXT", help="the same"
+    )
     forecast.add_argument("--prompts", type=Path, metavar="FILE", help="more of them, one a line, or .jsonl")
     forecast.add_argument(
         "--recipe",
@@ -1156,7 +1160,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _forecast(options: argparse.Namespace) -> int:
     recipe = _budgeted(options)
-    prompts = [*options.prompt, *(read_prompts(options.prompts).prompts if options.prompts else ())]
+    prompts = [
+        *options.prompt,
+        *options.more,
+        *(read_prompts(options.prompts).prompts if options.prompts else ()),
+    ]
     if not prompts:
         raise RecipeError("forecast: no prompt: name some, or a file of them with --prompts")
     from .forecast import forecast, write_forecast

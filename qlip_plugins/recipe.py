@@ -36,7 +36,7 @@ from .adapter import (
 )
 from .errors import AdapterNotFoundError, RecipeError
 from .model_folder import RECIPE_NAME, checked, is_model
-from .schema import PathOrHubId, RecipePath, StrictModel, nearest
+from .schema import FromHere, PathOrHubId, RecipePath, StrictModel, nearest
 from .yaml_lines import Document, read_document
 
 SHIPPED_PACKAGE = "qlip_recipes"
@@ -302,7 +302,7 @@ def _completed(data: Any, given: Mapping[str, Any], unused: Collection[str]) -> 
         return data
     data = copy.deepcopy(data)
     for key, value in given.items():
-        if key == "controller":
+        if key == "controller" and not isinstance(value, dict):
             known = data.get(key)
             kept = known if isinstance(known, dict) and known.get("kind") == "qlip" else {}
             data[key] = {**kept, "kind": "qlip", "path": _from_here(value)}
@@ -321,9 +321,7 @@ def _completed(data: Any, given: Mapping[str, Any], unused: Collection[str]) -> 
 
 
 def _from_here(value: Any) -> Any:
-    """What names a file does so from where the user is, not from where the recipe is."""
-    # `os.path` takes a text that is no name, too long say, for no file; `Path` raises.
-    return str(Path(value).absolute()) if isinstance(value, str) and os.path.exists(value) else value
+    return FromHere(value) if isinstance(value, str) else value
 
 
 def _needs(data: Any, key: str = "") -> Iterator[str]:
@@ -374,9 +372,10 @@ def find_recipe(name_or_path: str | Path) -> Path:
     if str(name_or_path) in shipped:
         return shipped[str(name_or_path)]
     path = Path(name_or_path)
-    if is_model(path):
-        checked(path)
-        return path / RECIPE_NAME
+    folder = path.parent if path.name == RECIPE_NAME else path
+    if is_model(folder):
+        checked(folder)
+        return folder / RECIPE_NAME
     if not path.is_file():
         raise RecipeError(
             f"{path}: no such recipe file, and no shipped recipe of that name"

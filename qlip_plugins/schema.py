@@ -61,6 +61,12 @@ class StrictModel(BaseModel):
         }
 
 
+class FromHere(str):
+    """A text that a user gave beside a recipe: a relative path in it starts where the user is."""
+
+    __slots__ = ()
+
+
 def _as_path(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, Path) or not isinstance(value, str):
         return value
@@ -70,6 +76,8 @@ def _as_path(value: Any, info: ValidationInfo) -> Any:
         return _package_path(value)
     base = (info.context or {}).get("base_dir")
     path = Path(value).expanduser()
+    if isinstance(value, FromHere):
+        return path.absolute()
     return (Path(base) / path) if base is not None else path
 
 
@@ -90,7 +98,7 @@ def _as_path_or_hub_id(value: Any, info: ValidationInfo) -> Any:
     path = _as_path(value, info)
     if not isinstance(value, str) or not value:
         return path
-    return value if _HUB_ID.fullmatch(value) and not path.exists() else path
+    return str(value) if _HUB_ID.fullmatch(value) and not path.exists() else path
 
 
 def is_hub_id(text: str) -> bool:

@@ -31,6 +31,7 @@ from transformers import (
 
 from qlip_plugins.calibration.nearest import nearest_state
 from qlip_plugins.controller import BitController, apply
+from qlip_plugins.embeddings import encode
 from qlip_plugins.families import family_of
 from qlip_plugins.layers import controlled
 from qlip_plugins.packed import read_packed, write_packed
@@ -40,6 +41,7 @@ from qlip_plugins.text_to_bits import TextToBits, TextToBitsConfig
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 TOKENS = 8
 MENU = (4, 6, 8)
+PROMPTS = ["a red fox", "the quick brown dog"]
 BASE_BITS = 8
 
 
@@ -216,7 +218,8 @@ def one_call(name: str, pipe: Any) -> dict[str, Any]:
     handle = denoiser.register_forward_pre_hook(catch, with_kwargs=True)
     pipe(prompt=["a b", "c d"], num_inference_steps=1, guidance_scale=1.0, **call_options(name))
     handle.remove()
-    return caught[0]
+    # From the middle of the noise, where the time says something.
+    return {**caught[0], "timestep": torch.full((2,), 0.501 if name == "flux" else 501.0)}
 
 
 def qlip_recipe(name: str, pipe: Any, folder: Path, seed: int = 0) -> Recipe:
@@ -248,6 +251,10 @@ def qlip_recipe(name: str, pipe: Any, folder: Path, seed: int = 0) -> Recipe:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 2)
         for parameter in controller.t2q.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+        # Steep, and turned between two prompts, so that they differ in bits whatever the encoders' random weights.
+        quality = controller.quality(encode(pipe, None, PROMPTS).embeddings)
+        controller.q2b.slope.mul_(10 / float((quality[0] - quality[1]).abs()))
+        controller.q2b.offset.copy_(-(float(quality.mean()) - 0.5) * controller.q2b.slope)
     controller.save_pretrained(folder / "controller")
     pipe.save_pretrained(folder / "pipeline") if name != "flux" else (folder / "pipeline").mkdir()
     text = f"""

@@ -133,12 +133,14 @@ def test_set_gives_any_value_and_refuses_what_is_none(capsys: pytest.CaptureFixt
         pairs = [part for text in wrong for part in ("--set", text)]
         assert main(["recipe", "check", "golden-w4a8", *pairs]) in (2, 3)
         assert message in capsys.readouterr().err
+    mapped = Recipe.load("demo-qlip-468", {"controller": {"kind": "static", "bits": "base"}})
+    assert mapped.controller.kind == "static"
     kept = Recipe.load(
         "demo-qlip-468", {"controller.budget": {"fab": 5.5, "per": "batch"}, "controller": "elsewhere"}
     )
     assert kept.controller.kind == "qlip"
     assert kept.controller.budget is not None
-    assert kept.controller.path.name == "elsewhere"
+    assert kept.controller.path == Path("elsewhere").absolute(), "a path starts where the user is"
 
 
 def test_the_schema_knows_every_section_and_the_adapter_s_options() -> None:

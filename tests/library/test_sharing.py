@@ -74,6 +74,8 @@ def test_a_changed_or_missing_file_is_found_before_anything_is_loaded(
             QlipModel.from_pretrained(saved)
         with pytest.raises(ArtefactError, match="not the file that was saved"):
             Recipe.load(saved)
+        with pytest.raises(ArtefactError, match="not the file that was saved"):
+            Recipe.load(saved / RECIPE_NAME)
         path.unlink()
         with pytest.raises(ArtefactError, match="missing; get the folder again"):
             QlipModel.from_pretrained(saved)
