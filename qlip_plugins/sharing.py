@@ -1,11 +1,13 @@
 """A whole QLIP model as one folder: base codes, ranges, controller, correction, recipe and model card.
 
-config.json               what it is, and the SHA-256 of every other file
+config.json               what it is, and the SHA-256 of every other file but the card
 recipe.yaml               how its parts go together; every verb takes the folder for it
 base/                     the packed base (`packed.py`)
 ranges.safetensors        where the recipe has a table
 controller/               where it has a trained one
-plan.safetensors, policy.json, correction.safetensors   where it has these
+plan.safetensors, policy.json   where its controller is one of these
+correction.safetensors, or correction/   where it corrects by a file, or by a folder of them
+prompt_embeddings.safetensors   where it has one
 README.md                 model card
 
 The pipeline that was quantized is named, not copied: its weights are its makers' to share.
@@ -17,7 +19,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,12 +121,12 @@ class QlipModel:
 
         Args:
             folder: to write.
-            base_model: hub id, or path, of the pipeline as others can name it; None: as the recipe names it.
+            base_model: hub id of the pipeline, or `package://` name; None: as the recipe names it.
 
         Raises:
             ArtefactError: the folder holds something else, or cannot be written.
             IncompatibleModelError: the base has widths that no packed folder holds.
-            RecipeError: the recipe's pipeline is a path on this machine, and no other name for it is given.
+            RecipeError: the pipeline's name, given or the recipe's, is a path on this machine.
         """
         recipe = self.recipe
         missing = [file for file in recipe.missing_files() if not file.startswith("model.pipeline")]
@@ -225,13 +227,7 @@ def _write_state(state: CalibratedState, pipeline: str, folder: Path) -> dict[st
         )
     bits = widths.pop() if widths else None
     grids = {} if bits is None else {bits: state.activations}
-    plain = CalibratedState(
-        state.format,
-        state.with_activations({}).layers,
-        float_parameters=state.float_parameters,
-        weight_samples=state.weight_samples,
-        source=pipeline,
-    )
+    plain = replace(state.with_activations({}), source=pipeline)
     write_packed(folder, plain, grids, {}, f"converted from {state.format}")
     return {"adapter": "packed", "folder": str(folder), "activation_bits": bits}
 

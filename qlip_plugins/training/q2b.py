@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapter import ActQuantizer, load_backend
-from ..controller import PromptPlanner, check_ranges, check_something_to_control, load_base, load_ranges
+from ..controller import (
+    PromptPlanner,
+    check_ranges,
+    check_something_to_control,
+    load_base,
+    load_ranges,
+    with_splits,
+)
 from ..embeddings import EncodedPrompts, MeanOfStates, Pooling
 from ..errors import IncompatibleModelError
 from ..families import denoiser_of, family_of
@@ -245,10 +252,7 @@ def mac_weights(
             "timestep": torch.zeros(()),
             "encoder_hidden_states": torch.empty(1, *text_shape),
         }
-    counts = count_macs(twin, call)
-    counts.first_parts = {
-        name: layer.split / layer.shape[1] for name, layer in state.layers.items() if layer.split
-    }
+    counts = with_splits(count_macs(twin, call), state)
     macs = torch.tensor([counts.of(name) for name in layers], dtype=torch.float64)
     return (macs / macs.mean()).float()
 

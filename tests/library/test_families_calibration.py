@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ from qlip_plugins.errors import IncompatibleModelError
 from qlip_plugins.generation import Settings
 from qlip_plugins.packed import read_packed
 from qlip_plugins.recipe import Recipe
+
+SETTINGS = CalibrationSettings(
+    sampling=Settings(steps=1, guidance_scale=1.0),
+    scheme="qdiffusion",
+    weight_bits=4,
+    activation_bits=(8,),
+    softmax_bits=None,
+    samples=8,
+    iterations=20,
+    activation_iterations=10,
+    batch_size=4,
+    activation_start=None,
+)
 
 
 def small(pipe: Any) -> Any:
@@ -39,18 +53,7 @@ def test_its_blocks_are_reconstructed_and_the_base_is_steered(
     pipe = make(name, tmp_path)
     pipe = small(pipe) if name == "flux" else pipe
     monkeypatch.setattr(command, "load_model", lambda model: pipe)
-    settings = CalibrationSettings(
-        sampling=Settings(steps=3, guidance_scale=3.0),
-        scheme="qdiffusion",
-        weight_bits=4,
-        activation_bits=(8,),
-        softmax_bits=None,
-        samples=8,
-        iterations=20,
-        activation_iterations=10,
-        batch_size=4,
-        activation_start=None,
-    )
+    settings = replace(SETTINGS, sampling=Settings(steps=3, guidance_scale=3.0))
     said: list[str] = []
     prompts = ["a fox", "the dog", "cat"]
     result = calibrate_pipeline(
@@ -86,18 +89,7 @@ def test_its_blocks_are_reconstructed_and_the_base_is_steered(
 def test_ptqd_is_defined_on_stable_diffusion_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = make("flux", tmp_path)
     monkeypatch.setattr(command, "load_model", lambda model: pipe)
-    settings = CalibrationSettings(
-        sampling=Settings(steps=1, guidance_scale=1.0),
-        scheme="ptqd",
-        weight_bits=4,
-        activation_bits=(8,),
-        softmax_bits=None,
-        samples=4,
-        iterations=1,
-        activation_iterations=1,
-        batch_size=2,
-        activation_start=None,
-    )
+    settings = replace(SETTINGS, scheme="ptqd")
     with pytest.raises(IncompatibleModelError, match="Use another scheme"):
         calibrate_pipeline(
             "x/y", None, ["a", "b"], settings, tmp_path / "base", None, tmp_path / "work", lambda text: None
