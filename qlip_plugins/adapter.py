@@ -94,6 +94,40 @@ class BaseQuantizer(Protocol):
 
 
 @runtime_checkable
+class ModelReader(Protocol):
+    """What a base quantizer may do besides: read a denoiser that its own framework has quantized in place."""
+
+    def read(self, config: Any, denoiser: torch.nn.Module) -> CalibratedState | None:
+        """The state of a denoiser in a pipeline; it is left as it is.
+
+        Args:
+            config: a `config_class`.
+            denoiser: of the pipeline that the recipe is applied to.
+
+        Returns:
+            None where `config` names a checkpoint, which `load` then reads.
+
+        Raises:
+            IncompatibleModelError: the framework has not quantized it, or in a way that has no integer widths
+                to choose from; the message says what.
+        """
+        ...
+
+
+@runtime_checkable
+class NeedsHost(Protocol):
+    """What an adapter may say besides: whether the framework it is for can be used here."""
+
+    def check_host(self) -> None:
+        """Check that the framework is installed, and recent enough.
+
+        Raises:
+            HostError: it is not; the message says how to install it.
+        """
+        ...
+
+
+@runtime_checkable
 class CheckpointWriter(Protocol):
     """What a base quantizer may do besides: write a state in its own framework's format."""
 
@@ -168,10 +202,15 @@ class ActQuantizer(Protocol):
 
 
 class Installed(Mapping[str, ActQuantizer], ABC):
-    """The activation quantizers of a model, keyed by module path, operand names appended; removable."""
+    """The activation quantizers of a model, keyed by module path, operand names appended; removable.
+
+    `not_expressed` has those that the backend's framework cannot express, with the reason: plain torch runs
+    them, to the same definition.
+    """
 
     def __init__(self, quantizers: Mapping[str, ActQuantizer]) -> None:
         self._quantizers = dict(quantizers)
+        self.not_expressed: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> ActQuantizer:
         return self._quantizers[name]
@@ -197,7 +236,13 @@ class Installed(Mapping[str, ActQuantizer], ABC):
 
 @runtime_checkable
 class Backend(Protocol):
-    """Runs a calibrated state on a denoiser's layers."""
+    """Runs a calibrated state on a denoiser's layers.
+
+    `exact` says whether it rounds as `ActGrid` is defined, to the last bit; otherwise, within one step, as its
+    framework does.
+    """
+
+    exact: ClassVar[bool]
 
     def install(
         self, denoiser: torch.nn.Module, state: CalibratedState, ranges: Ranges | None = None

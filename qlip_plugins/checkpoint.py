@@ -23,7 +23,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         ArtefactError: missing, truncated, not of torch, holding code, or not a flat dict of tensors.
     """
-    content = _read(path)
+    content = read_plain(path)
     if not isinstance(content, dict):
         raise ArtefactError(f"{path}: expected a state dict, found {_named(content)}")
     if not content:
@@ -56,7 +56,14 @@ def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
                 )
 
 
-def _read(path: Path) -> Any:
+def read_plain(path: Path) -> Any:
+    """What a `torch.save`d file holds, tensors and plain data alone, on the CPU.
+
+    Read with `weights_only=True` and never otherwise.
+
+    Raises:
+        ArtefactError: missing, truncated, not of torch, or holding code.
+    """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise ArtefactError(f"{path}: {what}, expected a checkpoint file")

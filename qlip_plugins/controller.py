@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from .adapter import Installed, load_backend, load_base_quantizer, load_correction
+from .adapter import Installed, ModelReader, load_backend, load_base_quantizer, load_correction
 from .budget import Costs, LinearCost
 from .embeddings import EmbeddingSource, source_for
 from .errors import BitsError, IncompatibleModelError
@@ -213,6 +213,7 @@ class Report:
         replaced_scheduler: class of the pipeline's own, where a correction put the other in its place.
         range_losses: quantizer -> width -> shares clipped and zeroed, since the recipe was applied, at
             widths that had to keep the calibrated range.
+        remarks: what a reader of the figures should know of the base and its backend.
     """
 
     prompts: list[Cost]
@@ -224,6 +225,7 @@ class Report:
     scheduler: str
     replaced_scheduler: str | None
     range_losses: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -433,6 +435,7 @@ class BitController:
             scheduler=type(self.pipe.scheduler).__name__,
             replaced_scheduler=self._schedulers and type(self._schedulers[0]).__name__,
             range_losses=self._range_losses(),
+            remarks=remarks_on(self.state, self.quantizers),
         )
 
     def before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -576,6 +579,22 @@ class BitController:
         }
 
 
+def remarks_on(state: CalibratedState, quantizers: Installed) -> list[str]:
+    """What a base has beyond the quantizers that are counted, and what its backend cannot express."""
+    found = [
+        f"{count} quantizers are run by plain torch, not by the backend's framework: {reason}"
+        for reason, count in Counter(quantizers.not_expressed.values()).items()
+    ]
+    found += [
+        f"{count} quantizers of {state.format} stay as they are, and no plan sets them: {what}"
+        for what, count in Counter(state.left.values()).items()
+    ]
+    branches = sum(layer.low_rank is not None for layer in state.layers.values())
+    if branches:
+        found.append(f"{branches} layers have low-rank branches in floating point, which BitOPs do not count")
+    return found
+
+
 @dataclass(frozen=True)
 class GenerationCosts:
     """See `budget.Costs`.
@@ -714,7 +733,10 @@ def load_base(recipe: Recipe, denoiser: nn.Module) -> CalibratedState:
         ArtefactError: the checkpoint is missing, damaged, or contradicts the recipe.
         IncompatibleModelError: it was calibrated on another model.
     """
-    state = load_base_quantizer(recipe.base.adapter).load(recipe.base)
+    adapter = load_base_quantizer(recipe.base.adapter)
+    if isinstance(adapter, ModelReader) and (found := adapter.read(recipe.base, denoiser)) is not None:
+        return found
+    state = adapter.load(recipe.base)
     state.check_fits(denoiser)
     state.check_same_weights(denoiser)
     return state.completed(denoiser)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,12 +35,17 @@ to 4 bits, and must not at 8 bits once their steps are 13 times too wide.
 """
 
 
+Kept = Literal["ends", "high", "low"]
+"""What another width keeps of a calibrated range: both ends (Q-Diffusion, PTQD), or, around a middle code of
+0.0, the greatest value (ModelOpt's amax) or the least one (brevitas's threshold)."""
+
+
 @dataclass(frozen=True)
 class ActGrid:
     """The codes of one activation quantizer at one width.
 
     `scale` is the step (negative where training drove it there), `zero_point` the code of 0.0,
-    `low_code`..`high_code` the codes that exist.
+    `low_code`..`high_code` the codes that exist, `kept` what `at_width` keeps.
     """
 
     bits: int
@@ -47,6 +53,8 @@ class ActGrid:
     zero_point: int
     low_code: int
     high_code: int
+    # Not shown: fingerprints are taken over what is, and those of older bases stay as they are.
+    kept: Kept = field(default="ends", repr=False)
 
     @classmethod
     def asymmetric(cls, bits: int, scale: float, zero_point: int) -> ActGrid:
@@ -88,7 +96,13 @@ class ActGrid:
 
     def at_width(self, bits: int) -> ActGrid:
         """The same range in 2^bits steps."""
-        return self if bits == self.bits else ActGrid.over(bits, self.low, self.high)
+        if bits == self.bits:
+            return self
+        if self.kept == "ends":
+            return ActGrid.over(bits, self.low, self.high)
+        middle = 2 ** (bits - 1)
+        step = self.high / (middle - 1) if self.kept == "high" else -self.low / middle
+        return ActGrid.asymmetric(bits, step, middle)
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class Ranges:
     def digest(self) -> str:
         """SHA-256 of what a quantizer computes with."""
         fitted = {
-            name: {w: astuple(grid) for w, grid in grids.items()} for name, grids in self.fitted.items()
+            name: {w: astuple(grid)[:5] for w, grid in grids.items()} for name, grids in self.fitted.items()
         }
         return hashlib.sha256(json.dumps([fitted, self.keep_calibrated], sort_keys=True).encode()).hexdigest()
 

@@ -6,7 +6,8 @@ activations-8.safetensors  the grids of one width
 report.json                errors before and after learning
 
 Where all weights have one width and every table a softmax width, a folder is of version 1; version 2 says
-which layers have widths of their own, and may leave the softmax in floating point.
+which layers have widths of their own, and may leave the softmax in floating point; version 3 may smooth inputs,
+have low-rank branches, parameters that the calibration moved, and grids whose other widths keep one end of the range.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from .artefacts import check_version, read_tensors, versions, write_tensors
 from .checkpoint import check_finite
 from .errors import ArtefactError, ForeignFormatError, IncompatibleModelError
 from .files import check_replaceable, folder_written_whole
-from .grids import ActGrid
+from .grids import ActGrid, Kept
 from .schema import StrictModel
 from .state import CalibratedLayer, CalibratedState, WeightPart, weight_sample
 
 NAME = "packed"
 FORMAT: Final = "qlip-plugins packed"
-VERSION: Final = 2
+VERSION: Final = 3
+_BY_LAYER: Final = 2
 _UNIFORM: Final = 1
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -39,6 +41,8 @@ REPORT = "report.json"
 _OWNED = (WEIGHTS, "activations-*.safetensors", REPORT)
 _ZERO_POINTS = (torch.int8, torch.int16, torch.int32)
 _GRID = 5
+_KEPT: tuple[Kept, ...] = ("ends", "high", "low")
+_LOW_RANK = ("down", "up")
 
 Width = Annotated[int, Field(ge=2, le=16)]
 
@@ -57,7 +61,7 @@ class PackedConfig(StrictModel):
     """`config.json`."""
 
     format: Literal["qlip-plugins packed"]
-    version: Literal[1, 2]
+    version: Literal[1, 2, 3]
     weight_bits: Annotated[int, Field(ge=2, le=8)]
     """Of all quantized layers but those for which `weights.safetensors` names another width."""
     activations: tuple[ActivationTable, ...] = Field(strict=False)
@@ -117,7 +121,7 @@ def write_packed(
     uniform = not others and all(table.softmax_bits is not None for table in tables)
     config = PackedConfig(
         format=FORMAT,
-        version=_UNIFORM if uniform else VERSION,
+        version=_version(uniform, weights, grids),
         weight_bits=common,
         activations=tuple(tables),
         fingerprint=weights.fingerprint,
@@ -229,6 +233,20 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return each.sum(1, dtype=torch.uint8).reshape(shape)
 
 
+def _version(
+    uniform: bool, weights: CalibratedState, grids: Mapping[int, Mapping[str, ActGrid]]
+) -> Literal[1, 2, 3]:
+    """The oldest version that can say it."""
+    beside = any(
+        layer.smoothing is not None or layer.low_rank is not None for layer in weights.layers.values()
+    )
+    beside |= bool(weights.moved)
+    one_end = any(grid.kept != "ends" for found in grids.values() for grid in found.values())
+    if beside or one_end:
+        return VERSION
+    return _UNIFORM if uniform else _BY_LAYER
+
+
 def _activations(bits: int) -> str:
     return f"activations-{bits}.safetensors"
 
@@ -276,11 +294,18 @@ def _write_weights(path: Path, state: CalibratedState, others: Mapping[str, int]
             tensors[f"{name}.{place}.codes"] = pack_codes(part.codes, part.bits)
             tensors[f"{name}.{place}.scale"] = part.scale.flatten()
             tensors[f"{name}.{place}.zero_point"] = _small(part.zero_point.flatten())
-        tensors[f"{name}.sample"] = _sample(state, name)
-    if others:
-        write_tensors(path, FORMAT, VERSION, tensors, shapes=shapes, bits=dict(others))
-    else:
-        write_tensors(path, FORMAT, _UNIFORM, tensors, shapes=shapes)
+        if layer.smoothing is not None:
+            tensors[f"{name}.smoothing"] = layer.smoothing
+        if layer.low_rank is not None:
+            tensors |= {
+                f"{name}.{part}": matrix for part, matrix in zip(_LOW_RANK, layer.low_rank, strict=True)
+            }
+        if f"{name}.weight" not in state.moved:
+            tensors[f"{name}.sample"] = _sample(state, name)
+    facts: dict[str, Any] = {"shapes": shapes}
+    facts |= {"bits": dict(others)} if others else {}
+    facts |= {"moved": sorted(state.moved)} if state.moved else {}
+    write_tensors(path, FORMAT, _version(not others, state, {}), tensors, **facts)
 
 
 def _sample(state: CalibratedState, name: str) -> Tensor:
@@ -300,21 +325,26 @@ def _read_weights(path: Path, config: PackedConfig) -> CalibratedState:
     layers: dict[str, CalibratedLayer] = {}
     samples: dict[str, Tensor] = {}
     try:
-        others = facts.get("bits", {})
+        others, moved = facts.get("bits", {}), frozenset(facts.get("moved", ()))
         for name, shapes in facts["shapes"].items():
             bits = others.get(name, config.weight_bits)
             parts = (
                 _read_part(tensors, f"{name}.{place}", tuple(shape), bits)
                 for place, shape in enumerate(shapes)
             )
-            layers[name] = CalibratedLayer(tuple(parts))
-            samples[name] = tensors.pop(f"{name}.sample")
+            layers[name] = CalibratedLayer(
+                tuple(parts),
+                smoothing=tensors.pop(f"{name}.smoothing", None),
+                low_rank=_read_low_rank(tensors, name),
+            )
+            if f"{name}.weight" not in moved:
+                samples[name] = tensors.pop(f"{name}.sample")
     except KeyError as error:
         raise ArtefactError(f"{path}: {error} is missing: the file is damaged") from None
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ArtefactError(f"{path}: the file is damaged: {error}") from None
     # What is left are the parameters that are not quantized.
-    return CalibratedState(NAME, layers, {}, tensors, samples, str(path.parent))
+    return CalibratedState(NAME, layers, {}, tensors, samples, str(path.parent), moved=moved)
 
 
 def _read_part(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], bits: int) -> WeightPart:
@@ -324,21 +354,34 @@ def _read_part(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], bi
     return WeightPart(codes, scale.reshape(per_channel), zero_point.float().reshape(per_channel), bits)
 
 
+def _read_low_rank(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor] | None:
+    if f"{name}.{_LOW_RANK[0]}" not in tensors:
+        return None
+    down, up = (tensors.pop(f"{name}.{part}") for part in _LOW_RANK)
+    return down, up
+
+
 def _write_grids(path: Path, grids: Mapping[str, ActGrid]) -> None:
     rows = [[g.bits, g.scale, g.zero_point, g.low_code, g.high_code] for g in grids.values()]
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, _GRID)
-    write_tensors(path, FORMAT, _UNIFORM, {"grids": table}, quantizers=list(grids))
+    kept = {name: grid.kept for name, grid in grids.items() if grid.kept != "ends"}
+    if kept:
+        write_tensors(path, FORMAT, VERSION, {"grids": table}, quantizers=list(grids), kept=kept)
+    else:
+        write_tensors(path, FORMAT, _UNIFORM, {"grids": table}, quantizers=list(grids))
 
 
 def _read_grids(path: Path) -> dict[str, ActGrid]:
-    tensors, facts = read_tensors(path, FORMAT, _UNIFORM)
+    tensors, facts = read_tensors(path, FORMAT, VERSION)
     check_finite(path, tensors)
+    kept = facts.get("kept", {})
     names, table = facts.get("quantizers"), tensors.get("grids")
-    if not isinstance(names, list) or table is None or table.shape != (len(names), _GRID):
+    known = isinstance(kept, dict) and all(end in _KEPT for end in kept.values())
+    if not known or not isinstance(names, list) or table is None or table.shape != (len(names), _GRID):
         raise ArtefactError(f"{path}: no table of activation grids: the file is damaged")
     if bool((table[:, 1] == 0).any()):
         raise ArtefactError(f"{path}: {names[int((table[:, 1] == 0).nonzero()[0])]} has a step of 0")
     return {
-        name: ActGrid(int(bits), scale, int(zero), int(low), int(high))
+        name: ActGrid(int(bits), scale, int(zero), int(low), int(high), kept.get(name, "ends"))
         for name, (bits, scale, zero, low, high) in zip(names, table.tolist(), strict=True)
     }

@@ -50,12 +50,19 @@ class WeightPart:
 class CalibratedLayer:
     """One convolution or linear layer.
 
-    `weight` holds one part, or two where the input channels are split; `inputs` one grid for each part,
-    or none where activations stay in floating point.
+    Args:
+        weight: one part, or two where the input channels are split.
+        inputs: one grid for each part, or none where activations stay in floating point.
+        smoothing: `(I,)`, multiplies the input, channel by channel, before it is quantized (SmoothQuant, AWQ);
+            the weight has been divided by it.
+        low_rank: `(r, I)` and `(O, r)`: what their product makes of the smoothed input, unquantized, is added to
+            the output (SVDQuant).
     """
 
     weight: tuple[WeightPart, ...]
     inputs: tuple[ActGrid, ...] = ()
+    smoothing: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     def dequantized(self) -> Tensor:
         """The weight that the layer computes with, float32, in the float weight's shape."""
@@ -73,6 +80,13 @@ class CalibratedLayer:
         return self.weight[0].codes.shape[1] if len(self.weight) > 1 else None
 
 
+def through_low_rank(x: Tensor, low_rank: tuple[Tensor, Tensor]) -> Tensor:
+    """What a `CalibratedLayer.low_rank` makes of a smoothed input `(..., I)`: `(..., O)`."""
+    down, up = (matrix.to(x.device, x.dtype) for matrix in low_rank)
+    out: Tensor = x @ down.T @ up.T
+    return out
+
+
 @dataclass(frozen=True)
 class CalibratedState:
     """A calibrated model, as a backend needs it.
@@ -87,6 +101,9 @@ class CalibratedState:
         source: where it was read from, for messages.
         to_complete: gives the activation grids where only a run of the model can tell them, by
             `activations` name; None where nothing is missing.
+        moved: of the float parameters, those that the calibration itself may have changed, so that the pipeline's
+            may differ.
+        left: quantizers that the calibrated model has besides and that stay as they are, with what they do.
     """
 
     format: str
@@ -96,6 +113,8 @@ class CalibratedState:
     weight_samples: Mapping[str, Tensor] = field(default_factory=dict)
     source: str = ""
     to_complete: Callable[[nn.Module], Mapping[str, ActGrid]] | None = None
+    moved: frozenset[str] = frozenset()
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def completed(self, denoiser: nn.Module) -> CalibratedState:
         """This state, or, where its activation grids need a run of the model, the one that has them.
@@ -172,11 +191,17 @@ class CalibratedState:
                 digest.update(_bytes(part.codes.to(torch.uint8 if part.bits <= 8 else torch.int32)))
                 digest.update(_bytes(part.scale.float()))
                 digest.update(_bytes(part.zero_point.to(torch.int32)))
+            for tensor in (self.layers[name].smoothing, *(self.layers[name].low_rank or ())):
+                if tensor is not None:
+                    digest.update(_bytes(tensor.float()))
         for name, tensor in sorted(self.float_parameters.items()):
             if name.removesuffix(".weight") not in self.layers:
                 digest.update(name.encode() + _bytes(tensor.float()))
         for name, grid in sorted(self.activations.items()):
-            digest.update(f"{name}{grid}".encode())
+            kept = "" if grid.kept == "ends" else grid.kept
+            digest.update(f"{name}{grid}{kept}".encode())
+        for name, what in sorted(self.left.items()):
+            digest.update(f"{name} left: {what}".encode())
         return digest.hexdigest()
 
     def weight_bits(self) -> dict[str, int]:
@@ -236,7 +261,7 @@ class CalibratedState:
             layer = name.removesuffix(".weight")
             if ours is None and layer in self.weight_samples:
                 theirs, ours = weight_sample(theirs), self.weight_samples[layer]
-            if ours is None or parameter.is_meta:
+            if ours is None or parameter.is_meta or name in self.moved:
                 continue
             compared += 1
             # Weights stored as bfloat16, the coarsest type in use, are off by up to 2^-9 of their value.

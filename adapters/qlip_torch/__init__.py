@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,8 @@ __all__ = ["TorchBackend", "backend"]
 
 class TorchBackend:
     """Runs a calibrated state on the denoiser's own layers; the numbers are simulated, not fast."""
+
+    exact: ClassVar[bool] = True
 
     def install(
         self, denoiser: torch.nn.Module, state: CalibratedState, ranges: Ranges | None = None

@@ -10,9 +10,37 @@ from qlip_plugins.adapter import Installed
 from qlip_plugins.attention import QuantizedAttnProcessor, check_plain
 from qlip_plugins.errors import IncompatibleModelError
 from qlip_plugins.grids import Ranges
-from qlip_plugins.state import OPERANDS, SPLIT_SUFFIX, CalibratedLayer, CalibratedState
+from qlip_plugins.state import (
+    OPERANDS,
+    SPLIT_SUFFIX,
+    CalibratedLayer,
+    CalibratedState,
+    through_low_rank,
+)
 
 from .quantizer import TorchActQuantizer
+
+
+class _Smooth:
+    """A layer's forward pre-hook: scales its input's channels; and the low-rank branch beside the layer."""
+
+    def __init__(self, layer: CalibratedLayer) -> None:
+        self.smoothing, self.low_rank = layer.smoothing, layer.low_rank
+        self._beside: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        if self.smoothing is not None:
+            factor = self.smoothing.to(x.device, x.dtype)
+            x = x * (factor.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else factor)
+        if self.low_rank is not None:
+            self._beside = through_low_rank(x, self.low_rank)
+        return (x, *args[1:])
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """The forward hook: adds the branch."""
+        beside, self._beside = self._beside, None
+        return out if beside is None else out + beside
 
 
 class _QuantizeInput:
@@ -100,18 +128,39 @@ class InstalledTorch(Installed):
         """Bake a layer's weight and quantize its input."""
         module = self._denoiser.get_submodule(name)
         self._swap(module, "weight", layer.dequantized())
+        if layer.inputs or layer.smoothing is not None or layer.low_rank is not None:
+            module = self._quantize_input(name, module, layer, ranges)
         check = _RefuseOtherWeights(name, layer)
         self._undo.append(module.register_load_state_dict_post_hook(check).remove)
-        if not layer.inputs:
-            return
+
+    def _quantize_input(
+        self, name: str, module: nn.Module, layer: CalibratedLayer, ranges: Ranges
+    ) -> nn.Module:
+        """Quantize a layer's input; a backend of another framework overrides this where it can express it.
+
+        Returns:
+            The layer, or what has taken its place.
+        """
+        self._smooth(module, layer)
         parts = tuple(
             TorchActQuantizer(quantizer, grid, ranges)
             for quantizer, grid in zip((name, name + SPLIT_SUFFIX), layer.inputs, strict=False)
         )
+        if not parts:
+            return module
         self._quantizers |= {part.name: part for part in parts}
         hook = _QuantizeInput(parts, layer.split)
         self._hooks.append((module, hook))
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        return module
+
+    def _smooth(self, module: nn.Module, layer: CalibratedLayer) -> None:
+        """Scale a layer's input and add its low-rank branch, where it has them; before its input is quantized."""
+        if layer.smoothing is None and layer.low_rank is None:
+            return
+        smooth = _Smooth(layer)
+        self._undo.append(module.register_forward_pre_hook(smooth).remove)
+        self._undo.append(module.register_forward_hook(smooth.add).remove)
 
     def add_attention(self, name: str, state: CalibratedState, ranges: Ranges) -> None:
         """Quantize the operands of an attention's products."""
@@ -141,17 +190,23 @@ class InstalledTorch(Installed):
         self._undo.append(restore)
 
 
-def install(denoiser: nn.Module, state: CalibratedState, ranges: Ranges | None) -> InstalledTorch:
-    """See `qlip_plugins.adapter.Backend.install`."""
+def install(
+    denoiser: nn.Module,
+    state: CalibratedState,
+    ranges: Ranges | None,
+    kind: type[InstalledTorch] = InstalledTorch,
+) -> InstalledTorch:
+    """See `qlip_plugins.adapter.Backend.install`; `kind` is a backend's that builds on this one."""
     ranges = ranges or Ranges()
     _refuse_second(denoiser)
     _refuse_offloaded(denoiser)
+    _refuse_foreign(denoiser, state)
     state.check_fits(denoiser)
     state = state.completed(denoiser)
     attentions = list(dict.fromkeys(name.rpartition(".")[0] for name in state.operands))
     for name in attentions:
         check_plain(name, denoiser.get_submodule(name))
-    installed = InstalledTorch(denoiser)
+    installed = kind(denoiser)
     try:
         for name, value in state.float_parameters.items():
             if name.removesuffix(".weight") not in state.layers:
@@ -172,6 +227,26 @@ def _refuse_offloaded(denoiser: nn.Module) -> None:
             raise IncompatibleModelError(
                 f"{name}: its weights are offloaded by accelerate, which would put the float ones back. Install "
                 "first, then call enable_sequential_cpu_offload()"
+            )
+
+
+def _refuse_foreign(denoiser: nn.Module, state: CalibratedState) -> None:
+    """A layer with modules inside has quantizers of another framework, which would quantize a second time."""
+    if state.left:
+        name, what = next(iter(state.left.items()))
+        raise IncompatibleModelError(
+            f"{state.source}: {len(state.left)} quantizers that only its own framework can run ({name}: {what}). "
+            f"Put its model into the pipeline and give `backend: {state.format}`, or switch them off before calibrating"
+        )
+    for name, module in denoiser.named_modules():
+        if name not in state.layers:
+            continue
+        inside = next(module.children(), None)
+        if inside is not None:
+            framework = type(inside).__module__.partition(".")[0]
+            raise IncompatibleModelError(
+                f"{name}: it is a {type(module).__name__} with a {type(inside).__name__} of {framework} inside, which "
+                "would quantize a second time. Give the float pipeline, or that framework's backend"
             )
 
 

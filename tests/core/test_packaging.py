@@ -45,7 +45,7 @@ def test_nothing_else_is_installed() -> None:
 
 def test_entry_points() -> None:
     groups = {
-        "qlip_plugins.base_quantizers": {"packed", "ptqd", "qdiffusion"},
+        "qlip_plugins.base_quantizers": {"brevitas", "modelopt", "packed", "ptqd", "qdiffusion"},
         "qlip_plugins.backends": {"torch"},
         "qlip_plugins.corrections": {"ptqd"},
         "qlip_plugins.image_features": {"demo", "efficientnet-lite0", "inception"},

@@ -284,7 +284,7 @@ BAD = {
     "config is no JSON": Bad("config.json: not JSON", lambda f: (f / "config.json").write_text("{")),
     "config is a list": Bad("expected a folder of", lambda f: (f / "config.json").write_text("[]")),
     "another format": Bad("found 'qlip-plugins controller'", edit_config(format="qlip-plugins controller")),
-    "newer": Bad("written as version 3, this package reads up to 2", edit_config(version=3)),
+    "newer": Bad("written as version 4, this package reads up to 3", edit_config(version=4)),
     "older": Bad("config.json: version", edit_config(version=0)),
     "weight bits": Bad("config.json: weight_bits", edit_config(weight_bits=9)),
     "unknown key": Bad("unknown key", edit_config(colour="red")),

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlip_plugins.adapter import AdapterConfig
+from qlip_plugins.schema import RecipePath
+
+WeightWidth = Annotated[int, Field(ge=2, le=8)]
+ActivationWidth = Annotated[int, Field(ge=2, le=24)]
+
+
+class BrevitasConfig(AdapterConfig):
+    """Which model that brevitas quantized, and what its state dict does not say.
+
+    Args:
+        checkpoint: a saved `state_dict()`, `.pth` or `.safetensors`. Left out, the pipeline that the recipe is
+            applied to has to hold a denoiser that brevitas has quantized, which says all the rest itself.
+        weight_bits: of every layer whose input is quantized.
+        activation_bits: of every input.
+        weight_quant: the quantizer of `brevitas.quant` that the weights had.
+        input_quant: the same for the inputs.
+    """
+
+    adapter: Literal["brevitas"] = "brevitas"
+    checkpoint: RecipePath | None = None
+    weight_bits: WeightWidth | None = None
+    activation_bits: ActivationWidth | None = None
+    weight_quant: str = "Int8WeightPerChannelFloat"
+    input_quant: str = "Int8ActPerTensorFloat"
+
+    @model_validator(mode="after")
+    def _widths_of_a_file(self) -> Self:
+        given = [self.weight_bits, self.activation_bits]
+        if self.checkpoint is not None and None in given:
+            raise ValueError(
+                "a state dict of brevitas does not hold its widths: give weight_bits and activation_bits"
+            )
+        if self.checkpoint is None and given != [None, None]:
+            raise ValueError("without a checkpoint the model says its widths itself: leave the others out")
+        return self

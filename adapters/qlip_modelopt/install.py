@@ -1,0 +1,304 @@
+"""Activation quantizers of ModelOpt under a controller, through its own plug point, `register_quant_backend`.
+
+A quantizer keeps its width and its range; what is chosen lies in our `ModelOptActQuantizer`, in the place that
+ModelOpt has for what a backend keeps (`_quantizer_cache`, which it never saves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import (
+    QuantModuleRegistry,
+    TensorQuantizer,
+    is_registered_quant_backend,
+    register_quant_backend,
+)
+from modelopt.torch.quantization.tensor_quant import fake_tensor_quant
+from torch import Tensor, nn
+
+from qlip_plugins.adapter import Installed
+from qlip_plugins.errors import IncompatibleModelError
+from qlip_plugins.grids import ActGrid, Ranges
+from qlip_plugins.state import CalibratedLayer, CalibratedState
+from qlip_torch.install import InstalledTorch
+from qlip_torch.install import install as install_torch
+from qlip_torch.quantizer import TorchActQuantizer
+
+from .models import is_quantized, read
+from .reading import INPUT, TINY
+
+BACKEND_NAME = "qlip"
+_SKIPPED = "_skip_properties_for_save_restore"
+_OPERANDS = "attention operands: ModelOpt's attention has no backward pass (its issue 226)"
+_SPLIT = "a split input: ModelOpt has one quantizer for it, the checkpoint two"
+
+
+class ModelOptActQuantizer(TorchActQuantizer):
+    """An activation quantizer whose rounding is ModelOpt's; see `qlip_plugins.adapter.ActQuantizer`."""
+
+    def __init__(self, name: str, base: ActGrid, ranges: Ranges) -> None:
+        super().__init__(name, base, ranges)
+        self._host: TensorQuantizer | None = None
+
+    def run(self, x: Tensor, host: TensorQuantizer) -> Tensor:
+        """Quantize `x`, which `host` has smoothed, at the selected widths."""
+        self._host = host
+        try:
+            return self(x)
+        finally:
+            self._host = None
+
+    def _quantized(self, x: Tensor, widths: tuple[int, ...]) -> Tensor:
+        if len(widths) == 1:
+            return self._at(x, widths[0])
+        # ModelOpt has one width for a whole tensor.
+        out = x.clone()
+        for width in set(widths):
+            rows = torch.tensor([row for row, own in enumerate(widths) if own == width], device=x.device)
+            out = out.index_copy(0, rows, self._at(x.index_select(0, rows), width))
+        return out
+
+    def _at(self, x: Tensor, width: int) -> Tensor:
+        assert self._host is not None  # `run` has set it
+        if width == self.base_bits:
+            return _by_itself(self._host, x)
+        grid = self._grids.grid(width)
+        return x if grid is None else _on_grid(x, grid, self._host)
+
+
+def _by_itself(host: TensorQuantizer, x: Tensor) -> Tensor:
+    """What a quantizer does without us."""
+    host.backend = None
+    try:
+        out: Tensor = host._fake_quantize(x)
+    finally:
+        host.backend = BACKEND_NAME
+    return out
+
+
+def _on_grid(x: Tensor, grid: ActGrid, host: TensorQuantizer) -> Tensor:
+    amax, bias = _as_modelopt(grid)
+    out: Tensor = fake_tensor_quant(
+        x,
+        torch.tensor(amax, device=x.device),
+        None if bias is None else torch.tensor(bias, device=x.device, dtype=x.dtype),
+        grid.bits,
+        False,  # unsigned
+        False,  # narrow_range
+        None,
+        host._pass_through_bwd,
+        None,
+        None,
+    )
+    return out
+
+
+def _as_modelopt(grid: ActGrid) -> tuple[float, float | None]:
+    """A grid as amax and the value of its middle code; None where that is 0.0."""
+    middle = 2 ** (grid.bits - 1)
+    shift = middle - (grid.zero_point - grid.low_code)
+    return grid.scale * (middle - 1), shift * grid.scale if shift else None
+
+
+def _entrypoint(x: Tensor, host: TensorQuantizer) -> Tensor:
+    quantizer = host._quantizer_cache
+    if not isinstance(quantizer, ModelOptActQuantizer):
+        raise IncompatibleModelError(
+            "a quantizer of ModelOpt asks for the backend 'qlip', and no recipe is applied to its model: apply one"
+        )
+    return quantizer.run(x, host)
+
+
+def _register() -> None:
+    if not is_registered_quant_backend(BACKEND_NAME):
+        register_quant_backend(BACKEND_NAME, _entrypoint)
+
+
+def _take(host: TensorQuantizer, quantizer: ModelOptActQuantizer) -> Callable[[], None]:
+    """Let a quantizer of ours choose for one of ModelOpt's; gives what undoes it."""
+    before = host.backend, host._quantizer_cache
+    host.backend, host._quantizer_cache = BACKEND_NAME, quantizer
+    # A model saved meanwhile must not ask for our backend when it is loaded.
+    object.__setattr__(host, _SKIPPED, {*getattr(type(host), _SKIPPED), _SKIPPED, "backend"})
+
+    def give_back() -> None:
+        host.backend, host._quantizer_cache = before
+        host.__dict__.pop(_SKIPPED, None)
+
+    return give_back
+
+
+class InstalledModelOpt(InstalledTorch):
+    """A calibrated state on a float denoiser whose layers have become ModelOpt's."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__(denoiser)
+        self._taken: list[tuple[str, nn.Module, ModelOptActQuantizer]] = []
+
+    def verify(self) -> None:
+        """See `Installed.verify`."""
+        super().verify()
+        for name, module, quantizer in self._taken:
+            _check_taken(name, getattr(module, INPUT, None), quantizer)
+
+    def _quantize_input(
+        self, name: str, module: nn.Module, layer: CalibratedLayer, ranges: Ranges
+    ) -> nn.Module:
+        reason = cannot_express(name, layer, ranges)
+        if reason:
+            before = set(self._quantizers)
+            module = super()._quantize_input(name, module, layer, ranges)
+            self.not_expressed |= dict.fromkeys(set(self._quantizers) - before, reason)
+            return module
+        self._undo.append(lambda: _export(module))
+        converted: Any = QuantModuleRegistry.convert(module)
+        converted.weight_quantizer.disable()  # the weight is on its grid already
+        if not layer.inputs:
+            converted.input_quantizer.disable()
+        else:
+            quantizer = ModelOptActQuantizer(name, layer.inputs[0], ranges)
+            _configure(converted.input_quantizer, layer.inputs[0])
+            self._undo.append(_take(converted.input_quantizer, quantizer))
+            self._quantizers[name] = quantizer
+            self._taken.append((name, converted, quantizer))
+        if layer.low_rank is not None:
+            self._smooth(converted, layer)  # the branch wants the smoothed input, too
+        elif layer.smoothing is not None:
+            factor = layer.smoothing.to(converted.weight.device)
+            converted.input_quantizer.pre_quant_scale = (
+                factor.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else factor
+            )
+        # Ranges come from the state: a state dict keeps the keys of the float model.
+        host = converted.input_quantizer
+        host._non_persistent_buffers_set |= set(host._buffers)
+        host.to(converted.weight.device)
+        return module
+
+    def add_attention(self, name: str, state: CalibratedState, ranges: Ranges) -> None:
+        """See `InstalledTorch.add_attention`."""
+        before = set(self._quantizers)
+        super().add_attention(name, state, ranges)
+        self.not_expressed |= dict.fromkeys(set(self._quantizers) - before, _OPERANDS)
+
+
+def _configure(host: TensorQuantizer, grid: ActGrid) -> None:
+    amax, bias = _as_modelopt(grid)
+    affine = {} if bias is None else {"bias": {-1: None, "type": "static"}}
+    host.set_from_attribute_config(QuantizerAttributeConfig(num_bits=grid.bits, axis=None, **affine))
+    host.amax = torch.tensor(amax)
+    if bias is not None:
+        host.bias_value = torch.tensor(bias)
+
+
+def _export(module: Any) -> None:
+    """Make a layer what it was; its weight is put back by who has put ours in."""
+    if hasattr(module, INPUT):
+        module.export()
+    vars(module).pop("_parallel_state", None)
+
+
+def cannot_express(name: str, layer: CalibratedLayer, ranges: Ranges) -> str:
+    """Why ModelOpt's quantizers cannot run a layer's input; empty where they can."""
+    if layer.split is not None:
+        return _SPLIT
+    grids = [*layer.inputs, *ranges.fitted.get(name, {}).values()]
+    if any(grid.scale * (2 ** (grid.bits - 1) - 1) <= TINY for grid in grids):
+        return "a step that training drove below zero or next to it: ModelOpt rounds all of that to 0"
+    return ""
+
+
+class InstalledLive(Installed):
+    """A controller on a model that ModelOpt itself has quantized: its weights and ranges stay its own."""
+
+    def __init__(self, denoiser: nn.Module, state: CalibratedState, ranges: Ranges) -> None:
+        super().__init__({})
+        self._state = state
+        self._hosts: list[tuple[str, TensorQuantizer, ModelOptActQuantizer]] = []
+        self._undo: list[Callable[[], None]] = []
+        for name, grid in state.activations.items():
+            host: Any = denoiser.get_submodule(f"{name}.{INPUT}")
+            quantizer = ModelOptActQuantizer(name, grid, ranges)
+            self._undo.append(_take(host, quantizer))
+            self._hosts.append((name, host, quantizer))
+            self._quantizers[name] = quantizer
+        self._undo += [_differentiable(module) for module in _attentions(denoiser)]
+
+    def remove(self) -> None:
+        """See `Installed.remove`."""
+        while self._undo:
+            self._undo.pop()()
+
+    def verify(self) -> None:
+        """See `Installed.verify`."""
+        for name, host, quantizer in self._hosts:
+            _check_taken(name, host, quantizer)
+            base = self._state.activations[name]
+            found = float(host.amax), host.num_bits
+            if found[1] != base.bits or abs(found[0] - base.high) > 1e-5 * base.high:
+                raise IncompatibleModelError(
+                    f"{name}: ModelOpt's range is {found[0]:.5g} at {found[1]} bits now; it was {base.high:.5g} at "
+                    f"{base.bits} when the recipe was applied. Remove the recipe before calibrating or loading"
+                )
+
+
+def _check_taken(name: str, host: Any, quantizer: ModelOptActQuantizer) -> None:
+    if getattr(host, "_quantizer_cache", None) is not quantizer or host.backend != BACKEND_NAME:
+        raise IncompatibleModelError(f"{name}: its activation quantizer has been taken out")
+
+
+def _attentions(denoiser: nn.Module) -> list[Any]:
+    """Attentions that ModelOpt has wrapped and whose products it leaves alone."""
+    return [
+        module
+        for module in denoiser.modules()
+        if hasattr(module, "q_bmm_quantizer")
+        and not any(q.is_enabled for n, q in module.named_children() if n.endswith("_quantizer"))
+    ]
+
+
+def _differentiable(attention: Any) -> Callable[[], None]:
+    """Bypass ModelOpt's wrapper, whose products have no backward pass even where they are left alone."""
+    plain: Any = next(
+        kind
+        for kind in type(attention).__mro__
+        if not kind.__module__.startswith("modelopt.") and "forward" in vars(kind)
+    )
+    own = vars(attention).get("forward")
+    attention.forward = plain.forward.__get__(attention)
+
+    def give_back() -> None:
+        if own is None:
+            vars(attention).pop("forward", None)
+        else:
+            attention.forward = own
+
+    return give_back
+
+
+def install(denoiser: nn.Module, state: CalibratedState, ranges: Ranges | None) -> Installed:
+    """See `qlip_plugins.adapter.Backend.install`."""
+    _register()
+    if not is_quantized(denoiser):
+        return install_torch(denoiser, state, ranges, InstalledModelOpt)
+    _refuse_second(denoiser)
+    own = read(denoiser)
+    if own.fingerprint != state.fingerprint:
+        raise IncompatibleModelError(
+            f"{state.source}: the {type(denoiser).__name__} has quantizers of ModelOpt, and they are not this base's "
+            f"({own.fingerprint[:12]}..., the base is {state.fingerprint[:12]}...). Give the float pipeline, or "
+            "`base: {adapter: modelopt}` without a checkpoint for the quantizers that are there"
+        )
+    return InstalledLive(denoiser, state, ranges or Ranges())
+
+
+def _refuse_second(denoiser: nn.Module) -> None:
+    for name, module in denoiser.named_modules():
+        if isinstance(getattr(module, "_quantizer_cache", None), ModelOptActQuantizer):
+            raise IncompatibleModelError(
+                f"{name}: a recipe's quantizers are installed on this {type(denoiser).__name__} already: remove them "
+                "first"
+            )

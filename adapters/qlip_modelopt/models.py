@@ -1,0 +1,55 @@
+"""A model in memory that ModelOpt has quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qlip_plugins.errors import IncompatibleModelError
+from qlip_plugins.state import CalibratedState
+
+from .reading import Quantized, state_of
+
+
+def is_quantized(denoiser: nn.Module) -> bool:
+    """Whether ModelOpt has put quantizers into a model."""
+    return bool(_quantizers(denoiser))
+
+
+def read(denoiser: nn.Module) -> CalibratedState:
+    """See `qlip_plugins.adapter.ModelReader.read`."""
+    quantizers = _quantizers(denoiser)
+    kind = type(denoiser).__name__
+    if not quantizers:
+        raise IncompatibleModelError(
+            f"the pipeline's {kind} has no quantizers of ModelOpt: call mtq.quantize (or mto.restore) on it first, or "
+            "name a saved model, `base: {adapter: modelopt, checkpoint: FILE}`"
+        )
+    calibrating = [name for name, module in quantizers.items() if getattr(module, "_if_calib", False)]
+    if calibrating:
+        raise IncompatibleModelError(f"{calibrating[0]} is still calibrating: let mtq.quantize finish")
+    history: Any = getattr(denoiser, "_modelopt_state", ())
+    return state_of(
+        Quantized(
+            quantizers={name: _properties(module) for name, module in quantizers.items()},
+            tensors=denoiser.state_dict(),
+            modes=[entry[0] for entry in history],
+            source=f"the pipeline's {kind}, quantized by ModelOpt",
+        )
+    )
+
+
+def _properties(module: Any) -> dict[str, Any]:
+    if isinstance(module, nn.Sequential):  # of quantizers, which has no properties of its own
+        return dict(module.get_modelopt_state())
+    return dict(module.get_modelopt_state(properties_only=True))
+
+
+def _quantizers(denoiser: nn.Module) -> dict[str, Any]:
+    # By name, so that asking does not import ModelOpt.
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "get_modelopt_state") and type(module).__module__.startswith("modelopt.")
+    }
