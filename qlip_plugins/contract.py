@@ -37,6 +37,9 @@ ROUNDING_TOLERANCE = 5e-3
 """Relative RMS of a layer whose backend is not `exact`: few values lie so near a border that they are rounded to
 the other side."""
 
+MODEL_TOLERANCE = 5e-2
+"""The same of a whole model: what is rounded to the other side in one layer is another input to the next."""
+
 
 @dataclass(frozen=True)
 class BackendCase:
@@ -385,9 +388,9 @@ def gradients_reach_every_choice(case: BackendCase) -> None:
             quantizer.set_mixture(case.widths, logits[name].softmax(-1), case.widths[-1])
         out = denoiser(**case.inputs, return_dict=False)[0]
         _set_all(quantizers, case.widths[-1])
-        _require(
-            torch.equal(out.detach(), case.run(denoiser)), "the mixture's forward is not its chosen width"
-        )
+        # In the same mode: torch may take other kernels where no gradient is wanted.
+        chosen = denoiser(**case.inputs, return_dict=False)[0]
+        _require(torch.equal(out, chosen), "the mixture's forward is not its chosen width")
         out.square().mean().backward()
         for name, logit in logits.items():
             _require(
@@ -550,7 +553,7 @@ def is_the_framework_s_own_at_others(case: ModelReaderCase, folder: Path) -> Non
             _set_all(quantizers, width)
             error = float((case.run(denoiser) - expected).norm() / expected.norm())
         _require(
-            error <= ROUNDING_TOLERANCE, f"{width} bits differ from the framework's own by {error:.2e} (RMS)"
+            error <= MODEL_TOLERANCE, f"{width} bits differ from the framework's own by {error:.2e} (RMS)"
         )
 
 
@@ -579,7 +582,7 @@ def a_file_is_the_model(case: ModelReaderCase, folder: Path) -> None:
     error = float((case.run(plain) - expected).norm() / expected.norm())
     quantizers.remove()
     _require(
-        error <= ROUNDING_TOLERANCE, f"from a file it differs from the framework's own by {error:.2e} (RMS)"
+        error <= MODEL_TOLERANCE, f"from a file it differs from the framework's own by {error:.2e} (RMS)"
     )
 
 

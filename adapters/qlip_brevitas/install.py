@@ -186,19 +186,21 @@ class _Fixed(nn.Module):
 
 
 def _injector(grid: ActGrid) -> type[ExtendedInjector]:
-    """How brevitas is told of a grid; codes are taken from 0."""
+    """How brevitas is told of a grid."""
+    signed = grid.low_code < 0
+    narrow = signed and grid.low_code == -grid.high_code
     quantizer = RescalingIntQuant(
-        int_quant=IntQuant(narrow_range=False, signed=False, input_view_impl=nn.Identity()),
+        int_quant=IntQuant(narrow_range=narrow, signed=signed, input_view_impl=nn.Identity()),
         scaling_impl=_Fixed(grid.scale),
         int_scaling_impl=_Fixed(1.0),
-        zero_point_impl=_Fixed(float(grid.zero_point - grid.low_code)),
+        zero_point_impl=_Fixed(float(grid.zero_point)),
         bit_width_impl=BitWidthConst(grid.bits),
     )
     parts = {
         "proxy_class": ActQuantProxyFromInjector,
         "tensor_quant": quantizer,
-        "signed": False,
-        "narrow_range": False,
+        "signed": signed,
+        "narrow_range": narrow,
         "bit_width": grid.bits,
     }
     return type("Grid", (ExtendedInjector,), parts)
@@ -225,6 +227,7 @@ class InstalledLive(Installed):
         while self._undo:
             self._undo.pop()()
 
+    @torch.no_grad()
     def verify(self) -> None:
         """See `Installed.verify`."""
         for name, proxy, hook in self._hosts:

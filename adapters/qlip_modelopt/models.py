@@ -41,9 +41,10 @@ def read(denoiser: nn.Module) -> CalibratedState:
 
 
 def _properties(module: Any) -> dict[str, Any]:
-    if isinstance(module, nn.Sequential):  # of quantizers, which has no properties of its own
-        return dict(module.get_modelopt_state())
-    return dict(module.get_modelopt_state(properties_only=True))
+    # A sequence of quantizers has no properties of its own.
+    sequence = isinstance(module, nn.Sequential)
+    options = {} if sequence else {"properties_only": True}
+    return dict(module.get_modelopt_state(**options))
 
 
 def _quantizers(denoiser: nn.Module) -> dict[str, Any]:

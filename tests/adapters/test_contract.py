@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from golden_model import GoldenModel
+from hosts import HOSTS, with_hosts
 from qlip_plugins import load_backend, load_base_quantizer
 from qlip_plugins.adapter import BACKENDS, BASE_QUANTIZERS, installed
 from qlip_plugins.contract import (
@@ -26,6 +27,7 @@ from qlip_plugins.state import CalibratedState
 
 BASES = ("packed", "ptqd", "qdiffusion")
 SAME_MODEL = ("packed", "qdiffusion")
+BASES_RUN = ("w4a8", "w4a16", "w8a8")
 
 
 def base_options(name: str, golden: Path, states: dict[str, CalibratedState], folder: Path) -> dict[str, Any]:
@@ -62,9 +64,19 @@ def fitted(model: GoldenModel, states: dict[str, CalibratedState]) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize("base", ["w4a8", "w4a16", "w8a8"])
+def backends() -> list[Any]:
+    """Every backend on every base; a framework's own on one, since only its rounding differs."""
+    names = tuple(name for name in installed(BACKENDS) if name != "elsewhere")
+    bases = {name: BASES_RUN[:1] if name in HOSTS else BASES_RUN for name in names}
+    return [
+        pytest.param(*param.values, base, marks=param.marks, id=f"{param.values[0]}-{base}")
+        for param in with_hosts(names)
+        for base in bases[str(param.values[0])]
+    ]
+
+
 @pytest.mark.parametrize("check", BACKEND_CHECKS.values(), ids=list(BACKEND_CHECKS))
-@pytest.mark.parametrize("name", installed(BACKENDS))
+@pytest.mark.parametrize(("name", "base"), backends())
 def test_backend(
     name: str,
     check: BackendCheck,
@@ -106,7 +118,8 @@ def test_base_quantizer(
 
 def test_every_base_quantizer_of_ours_has_a_case() -> None:
     ours = {name for name, entry in installed(BASE_QUANTIZERS).items() if entry.value.startswith("qlip_")}
-    assert ours - {"outside"} == set(BASES)
+    # Those of frameworks have their cases in test_framework_models.py.
+    assert ours - {"outside"} == {*BASES, *HOSTS}
 
 
 def test_both_bases_are_one_model(golden: Path, states: dict[str, CalibratedState], tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
-from family_models import MENU, PIPELINES, PROMPTS, call_options, make, one_call, qlip_recipe
 from torch import Tensor
 
+from family_models import MENU, PIPELINES, PROMPTS, call_options, make, one_call, qlip_recipe
 from qlip_plugins.controller import BitController, apply
 from qlip_plugins.embeddings import PromptEmbeddings, encode
 from qlip_plugins.errors import IncompatibleModelError

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import TOKENS, make
 
+from family_models import TOKENS, make
 from qlip_plugins.calibration import command
 from qlip_plugins.calibration.command import calibrate_pipeline
 from qlip_plugins.calibration.settings import CalibrationSettings

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from family_models import BASE_BITS, PIPELINES, make, one_call
 
+from family_models import BASE_BITS, PIPELINES, make, one_call
+from hosts import HOSTS, with_hosts
 from qlip_plugins import load_backend
 from qlip_plugins.calibration.nearest import nearest_state
 from qlip_plugins.contract import BACKEND_CHECKS, BackendCase, BackendCheck
@@ -44,5 +45,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BackendCase]:
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("check", BACKEND_CHECKS.values(), ids=BACKEND_CHECKS)
 def test_backend(cases: dict[str, BackendCase], name: str, check: BackendCheck) -> None:
-    torch.manual_seed(0)
     check(cases[name])
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])  # tests/adapters has SD's shape
+@pytest.mark.parametrize("host", with_hosts(HOSTS))
+@pytest.mark.parametrize("check", BACKEND_CHECKS.values(), ids=BACKEND_CHECKS)
+def test_framework(cases: dict[str, BackendCase], host: str, name: str, check: BackendCheck) -> None:
+    check(replace(cases[name], backend=load_backend(host)))

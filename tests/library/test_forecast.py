@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
-from family_models import call_options, make, qlip_recipe
 
+from family_models import call_options, make, qlip_recipe
 from qlip_plugins import Recipe, apply
 from qlip_plugins.cli import main
 from qlip_plugins.errors import ArtefactError, BitsError

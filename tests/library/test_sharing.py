@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from family_models import make, qlip_recipe
 from ruamel.yaml import YAML
 
+from family_models import make, qlip_recipe
 from qlip_plugins import QlipModel, Recipe, load_base_quantizer
 from qlip_plugins.cli import main
 from qlip_plugins.errors import ArtefactError, RecipeError
