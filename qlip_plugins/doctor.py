@@ -7,8 +7,9 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from .adapter import GROUPS, installed
-from .errors import EVALUATION_HINT, INSTALL_HINT
+from .adapter import GROUPS, NeedsHost, installed
+from .errors import EVALUATION_HINT, INSTALL_HINT, HostError
+from .host import install_hint, release
 
 # Distribution -> the oldest release the package supports (pyproject.toml's floors).
 _PACKAGES = {
@@ -28,11 +29,19 @@ _EVALUATION = {
     "efficientnet-lite-pytorch": "0.1",
 }
 
+# Frameworks whose models and quantizers can be used: distribution -> its floor, and the extra that installs it.
+_FRAMEWORKS = {
+    "brevitas": ("0.13.1", "brevitas"),
+    "nvidia-modelopt": ("0.44", "modelopt"),
+    "onnx": ("1.17", "modelopt"),
+}
+
 
 def diagnose() -> dict[str, Any]:
     """Versions, adapters and the device, as plain data; `ok` is false when something cannot be used.
 
-    The packages under `evaluation` may be missing: only some verbs need them.
+    The packages under `evaluation` and `frameworks` may be missing, with the adapters that need them: only some
+    verbs and recipes do.
     """
     packages = {name: _package(name, floor, INSTALL_HINT) for name, floor in _PACKAGES.items()}
     runnable = packages["torch"]["usable"] and packages["diffusers"]["usable"]
@@ -42,12 +51,15 @@ def diagnose() -> dict[str, Any]:
     }
     found = [*packages.values(), *(state for group in adapters.values() for state in group.values())]
     return {
-        "ok": all(item["usable"] for item in found),
+        "ok": all(item["usable"] or item.get("optional", False) for item in found),
         "qlip-plugins": metadata.version("qlip-plugins"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
         "evaluation": {name: _package(name, floor, EVALUATION_HINT) for name, floor in _EVALUATION.items()},
+        "frameworks": {
+            name: _package(name, floor, install_hint(extra)) for name, (floor, extra) in _FRAMEWORKS.items()
+        },
         "adapters": adapters,
         "device": _device() if packages["torch"]["usable"] else "none: torch is not usable",
     }
@@ -62,19 +74,18 @@ def _package(name: str, floor: str, hint: str) -> dict[str, Any]:
             "version": None,
             "why": f"not installed: {hint}",
         }
-    if _numbers(version) < _numbers(floor):
+    if release(version) < release(floor):
         return {"usable": False, "version": version, "why": f"older than {floor}: pip install -U {name}"}
     return {"usable": True, "version": version, "why": ""}
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    release = version.split("+", maxsplit=1)[0].split(".")
-    return tuple(int(part) for part in release[:3] if part.isdigit())
-
-
 def _adapter(entry: metadata.EntryPoint, runnable: bool) -> dict[str, Any]:
     try:
-        entry.load()
+        adapter = entry.load()
+        if isinstance(adapter, NeedsHost):
+            adapter.check_host()
+    except HostError as error:
+        return {"usable": False, "optional": True, "from": entry.value, "why": str(error)}
     except Exception as error:  # an outsider's adapter may fail in any way, and that is the answer
         return {"usable": False, "from": entry.value, "why": f"{type(error).__name__}: {error}"}
     why = "" if runnable else "checks recipes, but runs only with torch and diffusers"
@@ -99,6 +110,9 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"  {_mark(state)} {name} {state['version'] or ''} {state['why']}".rstrip())
     lines.append("label, train, evaluate, compare: extra `evaluation`")
     for name, state in found["evaluation"].items():
+        lines.append(f"  {_mark(state)} {name} {state['version'] or ''} {state['why']}".rstrip())
+    lines.append("models and backends of other frameworks: extras `brevitas`, `modelopt`")
+    for name, state in found["frameworks"].items():
         lines.append(f"  {_mark(state)} {name} {state['version'] or ''} {state['why']}".rstrip())
     for group, adapters in found["adapters"].items():
         lines.append(f"{group}: {'' if adapters else 'none installed'}".rstrip())

@@ -13,6 +13,11 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in numbers[:3] if part.isdigit())
 
 
+def install_hint(extra: str) -> str:
+    """How to install what an extra of this package names."""
+    return f"pip install 'qlip-plugins[{extra}]' (in a clone: pip install -c constraints.txt '.[{extra}]')"
+
+
 def check_release(name: str, floor: str, extra: str) -> None:
     """Check that a distribution is there.
 
@@ -24,7 +29,7 @@ def check_release(name: str, floor: str, extra: str) -> None:
     Raises:
         HostError: it is missing or too old.
     """
-    hint = f"pip install 'qlip-plugins[{extra}]' (in a clone: pip install -c constraints.txt '.[{extra}]')"
+    hint = install_hint(extra)
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
