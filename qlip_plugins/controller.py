@@ -250,7 +250,7 @@ class Report:
             lines.append(
                 f"calibrated ranges kept at {width} bits: up to {clipped:.1%} clipped, {zeroed:.1%} zeroed ({worst})"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.remarks])
 
     def _worst_losses(self) -> dict[int, tuple[float, float, str]]:
         worst: dict[int, tuple[float, float, str]] = {}

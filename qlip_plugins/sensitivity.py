@@ -229,6 +229,7 @@ def measure_sensitivity(
     pipe = placed(pipe, settings)
     digest = pipeline_digest(pipe)
     state = load_base(recipe, denoiser_of(pipe))
+    state.check_plain(denoiser_of(pipe))
     layers = controlled(state.activations, **recipe.controls)
     ranges = load_ranges(recipe.ranges, state)
     widths = sorted(set(widths) - {FULL_PRECISION})

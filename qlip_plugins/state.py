@@ -249,6 +249,22 @@ class CalibratedState:
                 f"{type(denoiser).__name__} ({len(problems)} differences):\n  {shown}{more}"
             )
 
+    def check_plain(self, denoiser: nn.Module) -> None:
+        """Check that a denoiser's layers are in full precision: no framework has put quantizers inside.
+
+        Raises:
+            IncompatibleModelError: one has; names the layer and the framework.
+        """
+        for name, module in denoiser.named_modules():
+            inside = next(module.children(), None) if name in self.layers else None
+            if inside is not None:
+                framework = type(inside).__module__.partition(".")[0]
+                raise IncompatibleModelError(
+                    f"{name}: it is a {type(module).__name__} with a {type(inside).__name__} of {framework} inside, "
+                    "and a denoiser in full precision is needed. Give the float pipeline (and the quantized one as a "
+                    "file, `base.checkpoint`), or apply the recipe with that framework's backend"
+                )
+
     def check_same_weights(self, denoiser: nn.Module) -> None:
         """Check that a denoiser holds the weights the checkpoint was calibrated on, up to half-precision rounding.
 

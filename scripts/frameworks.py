@@ -1,8 +1,8 @@
 """The demo model quantized by ModelOpt and by brevitas, and one checkpoint through every backend (docs/frameworks.md).
 
-    python scripts/frameworks.py quantize build/frameworks   # W4A8, each with its own calibration; and recipes
-    python scripts/frameworks.py show build/frameworks       # before and after, saved and reloaded in a fresh process
-    python scripts/frameworks.py golden                      # docs/frameworks/golden.json and golden.md
+python scripts/frameworks.py quantize build/frameworks   # W4A8, each with its own calibration; and recipes
+python scripts/frameworks.py show build/frameworks       # before and after, saved and reloaded in a fresh process
+python scripts/frameworks.py golden                      # docs/frameworks/golden.json and golden.md
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from qlip_plugins import apply
 from qlip_plugins.adapter import Installed, load_backend, load_base_quantizer
 from qlip_plugins.artefacts import versions
-from qlip_plugins.generation import load_model, load_pipeline
+from qlip_plugins.generation import load_pipeline
 from qlip_plugins.recipe import Recipe
 from qlip_plugins.sharing import convert
 from qlip_plugins.state import CalibratedState
@@ -57,8 +59,8 @@ def _calibration() -> list[str]:
     return text.splitlines()[:CALIBRATION_PROMPTS]
 
 
-def by_modelopt(pipe: Any) -> None:
-    """W4A8 by `mtq.quantize`, max calibration, in place."""
+def by_modelopt(pipe: Any, calibration: list[str]) -> None:
+    """W4A8 by `mtq.quantize`, ranges from the largest value seen."""
     import modelopt.torch.quantization as mtq
 
     config = {
@@ -70,11 +72,11 @@ def by_modelopt(pipe: Any) -> None:
         ],
         "algorithm": "max",
     }
-    pipe.unet = mtq.quantize(pipe.unet, config, lambda _: sample(pipe, _calibration(), 1000))
+    pipe.unet = mtq.quantize(pipe.unet, config, lambda _: sample(pipe, calibration, 1000))
 
 
-def by_brevitas(pipe: Any) -> None:
-    """W4A8 by `layerwise_quantize`, ranges from the largest value seen."""
+def by_brevitas(pipe: Any, calibration: list[str]) -> None:
+    """W4A8 by `layerwise_quantize`, ranges from the largest value seen; none without prompts."""
     import brevitas.nn as qnn
     from brevitas.graph.calibrate import calibration_mode
     from brevitas.graph.quantize import layerwise_quantize
@@ -89,8 +91,9 @@ def by_brevitas(pipe: Any) -> None:
     options = {"weight_quant": W4, "input_quant": A8, "bias_quant": None, "return_quant_tensor": False}
     layers = {nn.Conv2d: (qnn.QuantConv2d, dict(options)), nn.Linear: (qnn.QuantLinear, dict(options))}
     pipe.unet = layerwise_quantize(pipe.unet, compute_layer_map=layers)
-    with torch.no_grad(), calibration_mode(pipe.unet):
-        sample(pipe, _calibration(), 1000)
+    if calibration:
+        with torch.no_grad(), calibration_mode(pipe.unet):
+            sample(pipe, calibration, 1000)
     pipe.unet.eval()
 
 
@@ -112,26 +115,24 @@ def restore(name: str, path: Path) -> Any:
 
         pipe.unet = mto.restore(pipe.unet, path)
     else:
-        global CALIBRATION_PROMPTS  # noqa: PLW0603 (the state dict has the ranges)
-        CALIBRATION_PROMPTS = 1
-        by_brevitas(pipe)
+        by_brevitas(pipe, [])
         pipe.unet.load_state_dict(torch.load(path, weights_only=True))
     return pipe
 
 
-QUANTIZE: dict[str, Callable[[Any], None]] = {"modelopt": by_modelopt, "brevitas": by_brevitas}
+QUANTIZE: dict[str, Callable[[Any, list[str]], None]] = {"modelopt": by_modelopt, "brevitas": by_brevitas}
 WIDTHS = {"modelopt": "", "brevitas": ", weight_bits: 4, activation_bits: 8"}
 
 
-def recipe_text(base: str, backend: str, controller: str) -> str:
-    """A recipe over a quantized demo model."""
+def recipe_text(base: str, backend: str, controller: str, ranges: bool = True) -> str:
+    """A recipe over a quantized demo model; without ranges until they are fitted."""
+    table = "ranges: {table: ranges.safetensors}\n" if ranges else ""
     return (
         "schema_version: 1\n"
         "model: {pipeline: 'package://qlip_demo/pipeline'}\n"
         f"base: {base}\nbackend: {backend}\n"
         "activation_bits: {low: 4, medium: 6, high: 8}\n"
-        "ranges: {table: ranges.safetensors}\n"
-        f"controller: {controller}\n"
+        f"{table}controller: {controller}\n"
     )
 
 
@@ -141,25 +142,225 @@ def quantize(out: Path) -> None:
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         pipe = demo_pipe()
-        QUANTIZE[name](pipe)
+        QUANTIZE[name](pipe, _calibration())
         save(name, pipe, folder / "unet.pth")
         base = f"{{adapter: {name}, checkpoint: unet.pth{WIDTHS[name]}}}"
         static, qlip = "{kind: static, bits: base}", "{kind: qlip, path: controller}"
-        (folder / "base.yaml").write_text(recipe_text(base, name, static).replace("ranges: {table: ranges.safetensors}\n", ""))
-        (folder / "qlip.yaml").write_text(recipe_text(base, name, qlip))
         packed = "{adapter: packed, folder: packed, activation_bits: 8}"
-        (folder / "portable.yaml").write_text(recipe_text(packed, "torch", qlip))
+        recipes = {
+            "base": recipe_text(base, name, static, ranges=False),
+            "qlip": recipe_text(base, name, qlip),
+            "live-base": recipe_text(f"{{adapter: {name}}}", name, static, ranges=False),
+            "live": recipe_text(f"{{adapter: {name}}}", name, qlip),
+            # The same base for a machine without the framework, a rented GPU say.
+            "portable-base": recipe_text(packed, "torch", static, ranges=False),
+            "portable": recipe_text(packed, "torch", qlip),
+        }
+        for file, text in recipes.items():
+            (folder / f"{file}.yaml").write_text(text)
         convert(Recipe.load(folder / "base.yaml").base, "package://qlip_demo/pipeline", folder / "packed")
         print(name, load_base_quantizer(name).inspect(folder / "unet.pth").base)
 
 
+def digests(pictures: list[Image.Image]) -> list[str]:
+    """SHA-256 of each picture's pixels."""
+    return [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
+
+
+def run(pipe: Any, recipe: Recipe) -> tuple[list[Image.Image], Any]:
+    """Pictures and the controller that made them, which stays on the pipeline."""
+    controller = apply(pipe, recipe)
+    return sample(pipe, list(PROMPTS)), controller
+
+
+def reload(folder: Path) -> None:
+    """In a process of its own: restore, apply, and print what comes out."""
+    pictures, controller = run(restore(folder.name, folder / "saved.pth"), Recipe.load(folder / "live.yaml"))
+    print(json.dumps({"plan": controller.plan.digest(), "pictures": digests(pictures)}))
+
+
+def show(out: Path) -> None:
+    """Pictures and costs before and after; the same from a file, and from a fresh process."""
+    OUT.mkdir(exist_ok=True)
+    found: dict[str, Any] = {"prompts": PROMPTS, "seed": SEED, "versions": versions()}
+    full = sample(demo_pipe(), list(PROMPTS))
+    for name in FRAMEWORKS:
+        folder = out / name
+        pipe = restore(name, folder / "unet.pth")
+        base, controller = run(pipe, Recipe.load(folder / "live-base.yaml"))
+        before = controller.report()
+        controller.remove()
+        ours, controller = run(pipe, Recipe.load(folder / "live.yaml"))
+        after, plan = controller.report(), controller.plan.digest()
+        # Saved while bits are chosen: the file must hold the base alone.
+        save(name, pipe, folder / "saved.pth")
+        controller.remove()
+        command = [sys.executable, __file__, "reload", str(folder)]
+        again = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        )
+        from_file, controller = run(demo_pipe(), Recipe.load(folder / "qlip.yaml"))
+        found[name] = {
+            "before": before.to_dict()["mean"],
+            "after": after.to_dict()["mean"],
+            "fab": [cost.fab for cost in after.prompts],
+            "quality": [cost.quality for cost in after.prompts],
+            "fresh process: same plan": again["plan"] == plan,
+            "fresh process: same pictures": again["pictures"] == digests(ours),
+            "from the file: same plan": controller.plan.digest() == plan,
+            "from the file: largest difference of a pixel (of 255)": max(map(_difference, ours, from_file)),
+            "remarks": controller.report().remarks,
+        }
+        _grid({"full precision": full, f"{name} W4A8": base, "+ QLIP {4,6,8}": ours}).save(
+            OUT / f"{name}.png"
+        )
+        print(json.dumps({name: found[name]}, indent=2))
+    (OUT / "demo.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _difference(one: Image.Image, other: Image.Image) -> int:
+    pixels = [
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).int() for picture in (one, other)
+    ]
+    return int((pixels[0] - pixels[1]).abs().max())
+
+
+def _grid(columns: dict[str, list[Image.Image]], side: int = 128) -> Image.Image:
+    head, margin = 16, 4
+    width, height = side + margin, side + margin
+    sheet = Image.new("RGB", (len(columns) * width, head + len(PROMPTS) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, pictures) in enumerate(columns.items()):
+        draw.text((column * width + 2, 2), title, fill="black")
+        for row, picture in enumerate(pictures):
+            sheet.paste(
+                picture.resize((side, side), Image.Resampling.NEAREST), (column * width, head + row * height)
+            )
+    return sheet
+
+
+GOLDEN = ("w4a8", "w4a16", "w8a8")
+BACKENDS = ("torch", *FRAMEWORKS)
+
+
+def golden() -> None:
+    """Genuine Q-Diffusion checkpoints through every backend, layer by layer, on recorded inputs."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from golden_model import GoldenModel
+
+    OUT.mkdir(exist_ok=True)
+    model = GoldenModel(ROOT / "tests" / "golden")
+    table: dict[str, Any] = {}
+    for case in GOLDEN:
+        state = _golden_state(case)
+        expected = _layers(model.unet(), state, "torch", model)[0]
+        for backend in BACKENDS:
+            got, installed = _layers(model.unet(), state, backend, model)
+            table[f"{case} {backend}"] = {
+                "quantizers": len(installed),
+                "run by the framework": len(installed) - len(installed.not_expressed),
+                "not expressed": dict(Counter(installed.not_expressed.values())),
+                **_compared(state, expected, got),
+            }
+    head = (
+        *("checkpoint", "backend", "quantizers", "run by it", "values quantized", "rounded otherwise"),
+        *("furthest, in steps", "whole UNet, relative RMS"),
+    )
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name, row in table.items():
+        figures = [f"{row['furthest, in steps']:.3f}", f"{row['whole model, relative RMS']:.1e}"]
+        counts = [row[key] for key in ("quantizers", "run by the framework", "values", "rounded otherwise")]
+        lines.append(_row([*name.split(), *counts, *figures]))
+    (OUT / "golden.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (OUT / "golden.json").write_text(
+        json.dumps({"versions": versions(), **table}, indent=2) + "\n", encoding="utf-8"
+    )
+    print("\n".join(lines))
+
+
+def _golden_state(case: str) -> CalibratedState:
+    adapter = load_base_quantizer("qdiffusion")
+    config: Any = adapter.config_class
+    return adapter.load(config(checkpoint=ROOT / "tests" / "golden" / "qdiffusion" / case / "ckpt.pth"))
+
+
+def _row(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+Layers = dict[str, tuple[Tensor, Tensor]]
+"""What each layer multiplies its weight with, and what it gives."""
+
+
+@torch.no_grad()
+def _layers(unet: nn.Module, state: CalibratedState, backend: str, model: Any) -> tuple[Layers, Installed]:
+    """Every layer on the input that it has in the torch backend's run, and the whole model."""
+    reference = model.unet()
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+        return lambda module, args: inputs.__setitem__(name, args[0].clone())
+
+    for name in state.layers:
+        reference.get_submodule(name).register_forward_pre_hook(keep(name))
+    load_backend("torch").install(reference, state)
+    reference(**model.call(0))
+    installed = load_backend(backend).install(unet, state)
+    found = {name: _multiplied(unet.get_submodule(name), x) for name, x in inputs.items()}
+    whole = unet(**model.call(0), return_dict=False)[0]
+    found["whole"] = (whole, whole)
+    return found, installed
+
+
+class _Watch(TorchFunctionMode):
+    """Sees what a linear or convolution multiplies its weight with, whoever calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (functional.linear, functional.conv2d):
+            self.seen.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _multiplied(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    with _Watch() as watch:
+        out = layer(x)
+    return watch.seen[0], out
+
+
+def _compared(state: CalibratedState, expected: Layers, got: Layers) -> dict[str, Any]:
+    furthest, values, otherwise = 0.0, 0, 0
+    for name, layer in state.layers.items():
+        if layer.inputs:
+            steps = (got[name][0] - expected[name][0]).abs() / max(abs(grid.scale) for grid in layer.inputs)
+            furthest = max(furthest, float(steps.max()))
+            values += steps.numel()
+            otherwise += int((steps > 0.5).sum())
+    one, other = got["whole"][1], expected["whole"][1]
+    return {
+        "layers": len(state.layers),
+        "values": values,
+        "rounded otherwise": otherwise,
+        "furthest, in steps": furthest,
+        "whole model, relative RMS": float((one - other).norm() / other.norm()),
+    }
+
+
 def main() -> None:
     """See the module's description."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["quantize", "show", "reload", "golden"])
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "frameworks")
     options = parser.parse_args()
-    quantize(options.folder)
+    if options.what == "golden":
+        golden()
+    else:
+        {"quantize": quantize, "show": show, "reload": reload}[options.what](options.folder)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,8 @@ def install(
     ranges = ranges or Ranges()
     _refuse_second(denoiser)
     _refuse_offloaded(denoiser)
-    _refuse_foreign(denoiser, state)
+    _refuse_left(state)
+    state.check_plain(denoiser)
     state.check_fits(denoiser)
     state = state.completed(denoiser)
     attentions = list(dict.fromkeys(name.rpartition(".")[0] for name in state.operands))
@@ -230,24 +231,13 @@ def _refuse_offloaded(denoiser: nn.Module) -> None:
             )
 
 
-def _refuse_foreign(denoiser: nn.Module, state: CalibratedState) -> None:
-    """A layer with modules inside has quantizers of another framework, which would quantize a second time."""
+def _refuse_left(state: CalibratedState) -> None:
     if state.left:
         name, what = next(iter(state.left.items()))
         raise IncompatibleModelError(
             f"{state.source}: {len(state.left)} quantizers that only its own framework can run ({name}: {what}). "
             f"Put its model into the pipeline and give `backend: {state.format}`, or switch them off before calibrating"
         )
-    for name, module in denoiser.named_modules():
-        if name not in state.layers:
-            continue
-        inside = next(module.children(), None)
-        if inside is not None:
-            framework = type(inside).__module__.partition(".")[0]
-            raise IncompatibleModelError(
-                f"{name}: it is a {type(module).__name__} with a {type(inside).__name__} of {framework} inside, which "
-                "would quantize a second time. Give the float pipeline, or that framework's backend"
-            )
 
 
 def _refuse_second(denoiser: nn.Module) -> None:

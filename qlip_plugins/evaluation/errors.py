@@ -138,6 +138,7 @@ def paired(pipe: Any, recipe: Recipe, prompts: Sequence[str], settings: Settings
     denoiser = copy.deepcopy(family.denoiser_of(pipe))
     setattr(student, family.component, denoiser)
     state = load_base(recipe, denoiser)
+    state.check_plain(denoiser)
     plain = recipe.model_copy(update={"correction": None})
     # Before the prompts are encoded: the planner recognises what the text encoder gives from then on.
     with apply_base(student, plain, state) as controller:

@@ -127,6 +127,7 @@ def train_controller(
     """
     pipe = placed(pipe, settings)
     state = load_base(recipe, denoiser_of(pipe))
+    state.check_plain(denoiser_of(pipe))
     text_to_bits = new_controller(
         pipe, recipe, state, t2q, prompts.pooling, settings, origin, group, early, initial_slope
     )

@@ -1,0 +1,176 @@
+"""What is brevitas's alone: its quantizers, its state dicts, its traps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import nn
+
+from golden_model import GoldenModel
+from hosts import by_brevitas, needs
+from qlip_plugins import load_backend, load_base_quantizer
+from qlip_plugins.errors import ArtefactError, ForeignFormatError, IncompatibleModelError
+from qlip_plugins.grids import Ranges
+from qlip_plugins.state import CalibratedState
+
+pytestmark = needs("brevitas")
+
+Adapter: Any = load_base_quantizer("brevitas")
+SHIFTED = "ShiftedUint8ActPerTensorFloat"
+
+
+@pytest.fixture
+def calibrate(model: GoldenModel) -> Callable[[nn.Module], None]:
+    def run(unet: nn.Module) -> None:
+        for index in range(2):
+            unet(**model.call(index))
+
+    return run
+
+
+def read(unet: nn.Module) -> CalibratedState:
+    state: CalibratedState = Adapter.read(Adapter.config_class(), unet)
+    return state
+
+
+def quantizer(name: str) -> Any:
+    import brevitas.quant
+
+    return getattr(brevitas.quant, name)
+
+
+def dynamic() -> Any:
+    from brevitas_examples.common.generative.quantizers import Int8DynamicActPerTensorFloat
+
+    return Int8DynamicActPerTensorFloat
+
+
+def refused(options: Callable[[], dict[str, Any]], message: str) -> tuple[Callable[[], dict[str, Any]], str]:
+    """Made when it is wanted: brevitas may be missing."""
+    return options, message
+
+
+REFUSED = {
+    "quantized bias": refused(lambda: {"bias_quant": quantizer("Int32Bias")}, "bias_quant=None"),
+    "weights alone": refused(lambda: {"input_quant": None}, "it quantizes weights alone"),
+    "inputs alone": refused(lambda: {"weight_quant": None}, "its input is quantized and its weight is not"),
+    "dynamic": refused(
+        lambda: {"input_quant": dynamic()},
+        "input_quant is dynamic: it has no calibrated range",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_widths_to_choose_is_refused(case: str, model: GoldenModel) -> None:
+    options, message = REFUSED[case]
+    with pytest.raises(IncompatibleModelError, match=message):
+        read(by_layers(model.unet(), options()).eval())
+
+
+def by_layers(unet: nn.Module, changes: dict[str, Any]) -> Any:
+    """A quantized model, uncalibrated, with some quantizers changed."""
+    import brevitas.nn as qnn
+    from brevitas.graph.quantize import layerwise_quantize
+
+    options = {
+        "weight_quant": quantizer("Int8WeightPerChannelFloat"),
+        "input_quant": quantizer("Int8ActPerTensorFloat"),
+        "bias_quant": None,
+        "return_quant_tensor": False,
+        **changes,
+    }
+    layers = {nn.Conv2d: (qnn.QuantConv2d, dict(options)), nn.Linear: (qnn.QuantLinear, dict(options))}
+    return layerwise_quantize(unet, compute_layer_map=layers)
+
+
+def test_training_mode_is_refused(model: GoldenModel, calibrate: Callable[[nn.Module], None]) -> None:
+    with pytest.raises(IncompatibleModelError, match=r"call \.eval\(\)"):
+        read(by_brevitas(model.unet(), calibrate).train())
+
+
+def test_frozen_models_are_refused(model: GoldenModel, calibrate: Callable[[nn.Module], None]) -> None:
+    """`quant_inference_mode` freezes scales and widths: a later choice would do nothing, in silence."""
+    from brevitas.export.inference import quant_inference_mode
+
+    quantized = by_brevitas(model.unet(), calibrate)
+    state = read(quantized)
+    with torch.no_grad(), quant_inference_mode(quantized):
+        quantized(**model.call(0))
+        with pytest.raises(IncompatibleModelError, match="quant_inference_mode"):
+            read(quantized)
+    fresh = by_brevitas(model.unet(), calibrate)
+    handles = load_backend("brevitas").install(fresh, state, Ranges(keep_calibrated=True))
+    with torch.no_grad(), quant_inference_mode(fresh):
+        base = fresh(**model.call(0)).sample
+        for handle in handles.values():
+            handle.set_bits(4)
+        print(torch.equal(base, fresh(**model.call(0)).sample))
+        handles.verify()
+    handles.remove()
+
+
+def test_zero_points(model: GoldenModel, calibrate: Callable[[nn.Module], None], tmp_path: Path) -> None:
+    quantized = by_brevitas(model.unet(), calibrate, SHIFTED)
+    state = read(quantized)
+    assert any(grid.zero_point for grid in state.activations.values())
+    with torch.no_grad():
+        expected = quantized(**model.call(5)).sample
+        handles = load_backend("brevitas").install(quantized, state, Ranges(keep_calibrated=True))
+        assert torch.equal(quantized(**model.call(5)).sample, expected)
+        for handle in handles.values():
+            handle.set_bits(32)
+        assert not torch.equal(quantized(**model.call(5)).sample, expected)
+        handles.remove()
+    path = tmp_path / "unet.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in quantized.state_dict().items()}, path)
+    found = Adapter.inspect(path)
+    assert (found.base["input_quant"], found.unknown) == (SHIFTED, ("weight_bits", "activation_bits"))
+    options = {"checkpoint": path, "weight_bits": 4, "activation_bits": 8}
+    assert Adapter.load(Adapter.config_class(**options, input_quant=SHIFTED)).fingerprint == state.fingerprint
+    with pytest.raises(ArtefactError, match="Name the quantizers it was saved with"):
+        Adapter.load(Adapter.config_class(**options))
+    with pytest.raises(ArtefactError, match=f"did you mean '{SHIFTED}'"):
+        Adapter.load(Adapter.config_class(**options, input_quant="ShiftedUint8ActPerTensor"))
+
+
+def test_quantized_outputs_stay_and_are_told_of(model: GoldenModel) -> None:
+    quantized = by_layers(model.unet(), {"output_quant": quantizer("Int8ActPerTensorFloat")})
+    with torch.no_grad():
+        quantized(**model.call(0))  # in training mode: the ranges are those of this call
+    state = read(quantized.eval())
+    assert len(state.left) == len(state.layers)
+    with pytest.raises(IncompatibleModelError, match="only its own framework can run"):
+        load_backend("torch").install(model.unet(), state)
+
+
+def test_options_of_a_file() -> None:
+    with pytest.raises(ValidationError, match="give weight_bits and activation_bits"):
+        Adapter.config_class(checkpoint=Path("unet.pth"))
+    with pytest.raises(ValidationError, match="the model says its widths itself"):
+        Adapter.config_class(weight_bits=4)
+    with pytest.raises(ArtefactError, match="none is named"):
+        Adapter.load(Adapter.config_class())
+
+
+def test_foreign_files(golden: Path, tmp_path: Path) -> None:
+    with pytest.raises(ForeignFormatError, match="no quantizer of brevitas among its"):
+        Adapter.inspect(golden / "qdiffusion" / "w4a8" / "ckpt.pth")
+    with pytest.raises(ForeignFormatError, match="no such file"):
+        Adapter.inspect(tmp_path / "nothing")
+
+
+def test_another_base_than_the_model_s_own_is_refused(
+    model: GoldenModel, states: dict[str, CalibratedState], calibrate: Callable[[nn.Module], None]
+) -> None:
+    quantized = by_brevitas(model.unet(), calibrate)
+    with pytest.raises(IncompatibleModelError, match="their quantizers are not this base's"):
+        load_backend("brevitas").install(quantized, states["w4a8"])
+    with pytest.raises(IncompatibleModelError, match="of brevitas inside"):
+        load_backend("torch").install(quantized, read(quantized))
