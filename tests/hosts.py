@@ -68,15 +68,14 @@ WIDTHS = (4, 6, 32)
 
 def modelopt_config(weight_bits: int | list[int] = 4, algorithm: Any = "max") -> dict[str, Any]:
     """W4A8 on convolutions and linears; ModelOpt would also quantize the inputs of LayerNorm."""
-    one_after_another = (
-        [{"num_bits": bits, "axis": 0} for bits in weight_bits] if isinstance(weight_bits, list) else None
-    )
+    several = weight_bits if isinstance(weight_bits, list) else []
+    in_turn = [{"num_bits": bits, "axis": 0} for bits in several]
     return {
         "quant_cfg": [
             {"quantizer_name": "*", "enable": False},
             {
                 "quantizer_name": "*weight_quantizer",
-                "cfg": one_after_another or {"num_bits": weight_bits, "axis": 0},
+                "cfg": in_turn or {"num_bits": weight_bits, "axis": 0},
             },
             {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "axis": None}},
             {"quantizer_name": "*", "parent_class": "nn.LayerNorm", "enable": False},
