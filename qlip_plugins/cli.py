@@ -1167,6 +1167,11 @@ def _forecast(options: argparse.Namespace) -> int:
     ]
     if not prompts:
         raise RecipeError("forecast: no prompt: name some, or a file of them with --prompts")
+    recipes = [prompt for prompt in options.prompt if prompt.endswith((".yaml", ".yml"))]
+    if recipes:
+        raise RecipeError(
+            f"forecast: {recipes[0]!r} stands among the prompts: a recipe is given with --recipe"
+        )
     from .forecast import forecast, write_forecast
     from .generation import Settings
 

@@ -154,6 +154,7 @@ def quantize(out: Path) -> None:
             "live": recipe_text(f"{{adapter: {name}}}", name, qlip),
             # The same base for a machine without the framework, a rented GPU say.
             "portable-base": recipe_text(packed, "torch", static, ranges=False),
+            "fitted": recipe_text(packed, "torch", static),
             "portable": recipe_text(packed, "torch", qlip),
         }
         for file, text in recipes.items():

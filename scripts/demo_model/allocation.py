@@ -64,12 +64,12 @@ def fair(options: argparse.Namespace) -> None:
     for folder in options.runs:
         run = Run.load(folder)
         tables[folder.name] = _compared(run)
-        _write_prompts(run, OUT / f"{folder.name}.csv")
-    name = options.name
-    write_json(OUT / f"{name}.json", tables)
-    (OUT / f"{name}.md").write_text("\n".join(_as_markdown(tables)) + "\n", encoding="utf-8")
-    _draw_fair(tables, OUT / f"{name}.png")
-    print((OUT / f"{name}.md").read_text(encoding="utf-8"))
+        _write_prompts(run, options.to / f"{folder.name}.csv")
+    name, to = options.name, options.to
+    write_json(to / f"{name}.json", tables)
+    (to / f"{name}.md").write_text("\n".join(_as_markdown(tables)) + "\n", encoding="utf-8")
+    _draw_fair(tables, to / f"{name}.png")
+    print((to / f"{name}.md").read_text(encoding="utf-8"))
 
 
 def _compared(run: Run) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _compared(run: Run) -> dict[str, Any]:
 
 def _write_prompts(run: Run, path: Path) -> None:
     """The error and the FAB of each prompt under each allocation: the raw results."""
-    OUT.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     names = [name for name in run.facts["allocations"] if name != FULL]
     found = {name: run.of(name) for name in names}
     with path.open("w", encoding="utf-8", newline="") as opened:
@@ -125,20 +125,19 @@ def _write_prompts(run: Run, path: Path) -> None:
 def _as_markdown(tables: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for name, table in tables.items():
+        ours = [mine for mine in ("recipe", "errors") if mine in table["rows"]]
         lines += [
             f"**{name}**: {table['prompts']} prompts of {table['clusters']} concepts, {table['noises']} "
             f"noise(s) each, on {table['device']}; protocol `{table['fingerprint']}`",
             "",
-            "| allocation | BitOPs (T) | FAB | error, led | `recipe` is lower by | `errors` is lower by |",
-            "|---|---|---|---|---|---|",
+            f"| allocation | BitOPs (T) | FAB | error, led |{''.join(f' `{mine}` is lower by |' for mine in ours)}",
+            "|---|---|---|---|" + "---|" * len(ours),
         ]
         for allocation, row in sorted(table["rows"].items(), key=lambda item: item[1]["error"]["mean"]):
             if allocation != FULL:
                 lines.append(
                     f"| {allocation} | {row['bitops']:.6f} | {row['fab']:.2f} | {row['error']['mean']:.5f} | "
-                    + " | ".join(
-                        _gain(row.get(f"{mine} minus this, of this")) for mine in ("recipe", "errors")
-                    )
+                    + " | ".join(_gain(row.get(f"{mine} minus this, of this")) for mine in ours)
                     + " |"
                 )
         lines.append("")
@@ -514,6 +513,7 @@ def main() -> None:
         if step is fair:
             one.add_argument("runs", type=Path, nargs="+")
             one.add_argument("--name", default="fair")
+            one.add_argument("--to", type=Path, default=OUT)
         if step in (premise, drop, paired, maps, spread, pictures):
             one.add_argument("run", type=Path)
         if step in (premise, ladder, predicted):

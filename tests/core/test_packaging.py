@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 import qlip_plugins
+from qlip_plugins.errors import HostError
+from qlip_plugins.host import check_release
 from qlip_plugins.recipe import Recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
     *("qlip_plugins", "qlip_efficientnet", "qlip_inception", "qlip_packed", "qlip_ptqd", "qlip_qdiffusion"),
-    *("qlip_torch", "qlip_demo", "qlip_recipes"),
+    *("qlip_torch", "qlip_brevitas", "qlip_modelopt", "qlip_demo", "qlip_recipes"),
 )
 
 
@@ -46,7 +48,7 @@ def test_nothing_else_is_installed() -> None:
 def test_entry_points() -> None:
     groups = {
         "qlip_plugins.base_quantizers": {"brevitas", "modelopt", "packed", "ptqd", "qdiffusion"},
-        "qlip_plugins.backends": {"torch"},
+        "qlip_plugins.backends": {"brevitas", "modelopt", "torch"},
         "qlip_plugins.corrections": {"ptqd"},
         "qlip_plugins.image_features": {"demo", "efficientnet-lite0", "inception"},
         "qlip_plugins.quality_metrics": {"clip-score", "demo-clip-score", "gmm-giqa", "knn-giqa"},
@@ -86,3 +88,20 @@ def test_ci_runs_the_readme_s_test_command() -> None:
         block = re.search(rf"<!-- {mark} -->\n```bash\n(.+)\n```", text)
         assert block is not None, f"the {mark} command is one line in a fenced block"
     assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_a_missing_or_old_framework_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.43.1")
+    check_release("nvidia-modelopt", "0.43", "modelopt")
+    with pytest.raises(
+        HostError,
+        match=r"nvidia-modelopt 0\.43\.1 is older than 0\.44: pip install 'qlip-plugins\[modelopt\]'",
+    ):
+        check_release("nvidia-modelopt", "0.44", "modelopt")
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    with pytest.raises(HostError, match="brevitas is not installed: pip install"):
+        check_release("brevitas", "0.13.1", "brevitas")
