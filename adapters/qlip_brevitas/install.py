@@ -35,10 +35,15 @@ _SPLIT = "a split input: brevitas has one quantizer for it, the checkpoint two"
 
 
 class BrevitasActQuantizer(TorchActQuantizer):
-    """An activation quantizer whose rounding is brevitas's; see `qlip_plugins.adapter.ActQuantizer`."""
+    """An activation quantizer whose rounding is brevitas's; see `qlip_plugins.adapter.ActQuantizer`.
 
-    def __init__(self, name: str, base: ActGrid, ranges: Ranges) -> None:
+    `own` says that brevitas calibrated it, so that the base width is whatever brevitas makes of it. Otherwise its
+    scale is ours, a buffer that half precision would round, and the grid's float32 counts.
+    """
+
+    def __init__(self, name: str, base: ActGrid, ranges: Ranges, own: bool) -> None:
         super().__init__(name, base, ranges)
+        self._own = own
         self._host: Any = None
 
     def run(self, x: Tensor, host: Any) -> Tensor:
@@ -50,15 +55,16 @@ class BrevitasActQuantizer(TorchActQuantizer):
             self._host = None
 
     def _quantized(self, x: Tensor, widths: tuple[int, ...]) -> Tensor:
-        if widths == (self.base_bits,):
+        if self._own and widths == (self.base_bits,):
             own: Tensor = self._host(x)[0]
             return own
         table = self._table(widths, x)
         scale, zero_point, low_code, high_code = table.values
         int_quant = self._host.tensor_quant.int_quant
-        bits = (high_code - low_code + 1).log2().round()
-        # A signed quantizer has its codes around 0: ours are moved there.
-        lowest = -(2 ** (bits - 1)) if int_quant.signed else torch.zeros_like(bits)
+        codes = high_code - low_code + 1
+        bits = codes.log2().ceil()
+        # A signed quantizer has its codes around 0, and may leave out the lowest: ours are moved there.
+        lowest = 2 ** (bits - 1) - codes if int_quant.signed else torch.zeros_like(bits)
         out: Tensor = int_quant(scale, zero_point - low_code + lowest, bits, x.float()).to(x.dtype)
         return out if table.kept is None else torch.where(table.kept, x, out)
 
@@ -127,7 +133,7 @@ class InstalledBrevitas(InstalledTorch):
         holder = self._denoiser.get_submodule(parent)
         setattr(holder, last, made)
         self._undo.append(lambda: setattr(holder, last, module))
-        quantizer = BrevitasActQuantizer(name, layer.inputs[0], ranges)
+        quantizer = BrevitasActQuantizer(name, layer.inputs[0], ranges, own=False)
         hook, give_back = _take(proxy_of(made), quantizer)
         self._undo.append(give_back)
         self._quantizers[name] = quantizer
@@ -209,13 +215,16 @@ def _injector(grid: ActGrid) -> type[ExtendedInjector]:
 class InstalledLive(Installed):
     """A controller on a model that brevitas itself has quantized: its weights and ranges stay its own."""
 
-    def __init__(self, denoiser: nn.Module, state: CalibratedState, ranges: Ranges) -> None:
+    def __init__(self, state: CalibratedState) -> None:
         super().__init__({})
         self._state = state
         self._hosts: list[tuple[str, Any, _Choose]] = []
         self._undo: list[Callable[[], None]] = []
-        for name, grid in state.activations.items():
-            quantizer = BrevitasActQuantizer(name, grid, ranges)
+
+    def take(self, denoiser: nn.Module, ranges: Ranges) -> None:
+        """Put handles on the model's quantizers."""
+        for name, grid in self._state.activations.items():
+            quantizer = BrevitasActQuantizer(name, grid, ranges, own=True)
             proxy = proxy_of(denoiser.get_submodule(name))
             hook, give_back = _take(proxy, quantizer)
             self._undo.append(give_back)
@@ -255,7 +264,13 @@ def install(denoiser: nn.Module, state: CalibratedState, ranges: Ranges | None) 
             f"base's ({own.fingerprint[:12]}..., the base is {state.fingerprint[:12]}...). Give the float pipeline, or "
             "`base: {adapter: brevitas}` without a checkpoint for the quantizers that are there"
         )
-    return InstalledLive(denoiser, state, ranges or Ranges())
+    installed = InstalledLive(state)
+    try:
+        installed.take(denoiser, ranges or Ranges())
+    except BaseException:
+        installed.remove()
+        raise
+    return installed
 
 
 def _refuse_second(denoiser: nn.Module) -> None:

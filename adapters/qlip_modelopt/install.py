@@ -38,10 +38,15 @@ _SPLIT = "a split input: ModelOpt has one quantizer for it, the checkpoint two"
 
 
 class ModelOptActQuantizer(TorchActQuantizer):
-    """An activation quantizer whose rounding is ModelOpt's; see `qlip_plugins.adapter.ActQuantizer`."""
+    """An activation quantizer whose rounding is ModelOpt's; see `qlip_plugins.adapter.ActQuantizer`.
 
-    def __init__(self, name: str, base: ActGrid, ranges: Ranges) -> None:
+    `own` says that ModelOpt calibrated it, so that the base width is whatever ModelOpt makes of it. Otherwise its
+    amax is ours, a buffer that half precision would round, and the grid's float32 counts.
+    """
+
+    def __init__(self, name: str, base: ActGrid, ranges: Ranges, own: bool) -> None:
         super().__init__(name, base, ranges)
+        self._own = own
         self._host: TensorQuantizer | None = None
 
     def run(self, x: Tensor, host: TensorQuantizer) -> Tensor:
@@ -64,7 +69,7 @@ class ModelOptActQuantizer(TorchActQuantizer):
 
     def _at(self, x: Tensor, width: int) -> Tensor:
         assert self._host is not None  # `run` has set it
-        if width == self.base_bits:
+        if self._own and width == self.base_bits:
             return _by_itself(self._host, x)
         grid = self._grids.grid(width)
         return x if grid is None else _on_grid(x, grid, self._host)
@@ -81,27 +86,28 @@ def _by_itself(host: TensorQuantizer, x: Tensor) -> Tensor:
 
 
 def _on_grid(x: Tensor, grid: ActGrid, host: TensorQuantizer) -> Tensor:
-    amax, bias = _as_modelopt(grid)
+    amax, bias, narrow = _as_modelopt(grid)
     out: Tensor = fake_tensor_quant(
-        x,
+        x.float(),
         torch.tensor(amax, device=x.device),
-        None if bias is None else torch.tensor(bias, device=x.device, dtype=x.dtype),
+        None if bias is None else torch.tensor(bias, device=x.device),
         grid.bits,
         False,  # unsigned
-        False,  # narrow_range
+        narrow,
         None,
         host._pass_through_bwd,
         None,
         None,
     )
-    return out
+    return out.to(x.dtype)
 
 
-def _as_modelopt(grid: ActGrid) -> tuple[float, float | None]:
-    """A grid as amax and the value of its middle code; None where that is 0.0."""
+def _as_modelopt(grid: ActGrid) -> tuple[float, float | None, bool]:
+    """A grid as amax, the value of its middle code (None where that is 0.0), and whether it lacks the lowest code."""
     middle = 2 ** (grid.bits - 1)
-    shift = middle - (grid.zero_point - grid.low_code)
-    return grid.scale * (middle - 1), shift * grid.scale if shift else None
+    narrow = grid.high_code - grid.low_code < 2 * middle - 1
+    shift = middle - narrow - (grid.zero_point - grid.low_code)
+    return grid.scale * (middle - 1), shift * grid.scale if shift else None, narrow
 
 
 def _entrypoint(x: Tensor, host: TensorQuantizer) -> Tensor:
@@ -160,7 +166,7 @@ class InstalledModelOpt(InstalledTorch):
         if not layer.inputs:
             converted.input_quantizer.disable()
         else:
-            quantizer = ModelOptActQuantizer(name, layer.inputs[0], ranges)
+            quantizer = ModelOptActQuantizer(name, layer.inputs[0], ranges, own=False)
             _configure(converted.input_quantizer, layer.inputs[0])
             self._undo.append(_take(converted.input_quantizer, quantizer))
             self._quantizers[name] = quantizer
@@ -186,9 +192,11 @@ class InstalledModelOpt(InstalledTorch):
 
 
 def _configure(host: TensorQuantizer, grid: ActGrid) -> None:
-    amax, bias = _as_modelopt(grid)
+    amax, bias, narrow = _as_modelopt(grid)
     affine = {} if bias is None else {"bias": {-1: None, "type": "static"}}
-    host.set_from_attribute_config(QuantizerAttributeConfig(num_bits=grid.bits, axis=None, **affine))
+    host.set_from_attribute_config(
+        QuantizerAttributeConfig(num_bits=grid.bits, axis=None, narrow_range=narrow, **affine)
+    )
     host.amax = torch.tensor(amax)
     if bias is not None:
         host.bias_value = torch.tensor(bias)
@@ -214,14 +222,17 @@ def cannot_express(name: str, layer: CalibratedLayer, ranges: Ranges) -> str:
 class InstalledLive(Installed):
     """A controller on a model that ModelOpt itself has quantized: its weights and ranges stay its own."""
 
-    def __init__(self, denoiser: nn.Module, state: CalibratedState, ranges: Ranges) -> None:
+    def __init__(self, state: CalibratedState) -> None:
         super().__init__({})
         self._state = state
         self._hosts: list[tuple[str, TensorQuantizer, ModelOptActQuantizer]] = []
         self._undo: list[Callable[[], None]] = []
-        for name, grid in state.activations.items():
+
+    def take(self, denoiser: nn.Module, ranges: Ranges) -> None:
+        """Put handles on the model's quantizers."""
+        for name, grid in self._state.activations.items():
             host: Any = denoiser.get_submodule(f"{name}.{INPUT}")
-            quantizer = ModelOptActQuantizer(name, grid, ranges)
+            quantizer = ModelOptActQuantizer(name, grid, ranges, own=True)
             self._undo.append(_take(host, quantizer))
             self._hosts.append((name, host, quantizer))
             self._quantizers[name] = quantizer
@@ -256,6 +267,7 @@ def _attentions(denoiser: nn.Module) -> list[Any]:
         module
         for module in denoiser.modules()
         if hasattr(module, "q_bmm_quantizer")
+        and "forward" not in vars(module)  # accelerate's hooks stay in charge
         and not any(q.is_enabled for n, q in module.named_children() if n.endswith("_quantizer"))
     ]
 
@@ -267,14 +279,10 @@ def _differentiable(attention: Any) -> Callable[[], None]:
         for kind in type(attention).__mro__
         if not kind.__module__.startswith("modelopt.") and "forward" in vars(kind)
     )
-    own = vars(attention).get("forward")
     attention.forward = plain.forward.__get__(attention)
 
     def give_back() -> None:
-        if own is None:
-            vars(attention).pop("forward", None)
-        else:
-            attention.forward = own
+        vars(attention).pop("forward", None)
 
     return give_back
 
@@ -292,7 +300,13 @@ def install(denoiser: nn.Module, state: CalibratedState, ranges: Ranges | None) 
             f"({own.fingerprint[:12]}..., the base is {state.fingerprint[:12]}...). Give the float pipeline, or "
             "`base: {adapter: modelopt}` without a checkpoint for the quantizers that are there"
         )
-    return InstalledLive(denoiser, state, ranges or Ranges())
+    installed = InstalledLive(state)
+    try:
+        installed.take(denoiser, ranges or Ranges())
+    except BaseException:
+        installed.remove()
+        raise
+    return installed
 
 
 def _refuse_second(denoiser: nn.Module) -> None:

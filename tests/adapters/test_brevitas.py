@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,40 @@ def test_another_base_than_the_model_s_own_is_refused(
         load_backend("brevitas").install(quantized, states["w4a8"])
     with pytest.raises(IncompatibleModelError, match="of brevitas inside"):
         load_backend("torch").install(quantized, read(quantized))
+
+
+def test_a_range_without_its_lowest_code(model: GoldenModel, states: dict[str, CalibratedState]) -> None:
+    """In one batch with another width, too."""
+    narrow = {
+        name: replace(grid, zero_point=0, low_code=-127, high_code=127, kept="high")
+        for name, grid in states["w8a8"].activations.items()
+        if not name.endswith((".skip", ".q", ".k", ".v", ".softmax"))
+    }
+    layers = {
+        name: replace(layer, inputs=(narrow[name],) * len(layer.inputs))
+        for name, layer in states["w8a8"].layers.items()
+    }
+    state = replace(states["w8a8"], layers=layers, operands={})
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    found = []
+    for backend in ("torch", "brevitas"):
+        unet = model.unet()
+        handles = load_backend(backend).install(unet, state, Ranges(keep_calibrated=True))
+        handles["conv_in"].set_bits(torch.tensor([8, 6]))
+        found.append(unet.conv_in(x))
+    assert torch.allclose(*found, rtol=0, atol=1e-5)
+
+
+def test_half_precision_rounds_as_full_precision_does(
+    model: GoldenModel, states: dict[str, CalibratedState]
+) -> None:
+    """16-bit codes fit neither float16 nor a scale that it has rounded."""
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)).half()
+    unet: Any = model.unet().half()
+    load_backend("brevitas").install(unet, states["w4a16"])
+    grid = states["w4a16"].activations["conv_in"]
+    found = unet.conv_in.input_quant(x)
+    assert found.dtype == torch.float16
+    codes = (x.float() / grid.scale).round() + grid.zero_point
+    exact = (codes.clamp(grid.low_code, grid.high_code) - grid.zero_point) * grid.scale
+    assert float((found.float() - exact).abs().max()) <= float(exact.abs().max()) * 2**-10

@@ -275,3 +275,38 @@ def test_damaged_files_are_named(
         adapter.inspect(golden / "qdiffusion" / "w4a8" / "ckpt.pth")
     with pytest.raises(ArtefactError, match="none is named"):
         adapter.load(Adapter.config_class())
+
+
+def test_a_range_without_its_lowest_code(
+    model: GoldenModel, calibrate: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    import modelopt.torch.opt as mto
+
+    config = modelopt_config()
+    config["quant_cfg"][2]["cfg"]["narrow_range"] = True
+    quantized = by_modelopt(model.unet(), calibrate, config)
+    mto.save(quantized, tmp_path / "unet.pth")
+    state = Adapter.load(Adapter.config_class(checkpoint=tmp_path / "unet.pth"))
+    assert {grid.low_code for grid in state.activations.values()} == {-127}
+    with torch.no_grad():
+        expected = quantized(**model.call(5)).sample
+        for backend in ("torch", "modelopt"):
+            unet = model.unet()
+            load_backend(backend).install(unet, state)
+            found = unet(**model.call(5)).sample
+            assert float((found - expected).norm() / expected.norm()) < 5e-2
+
+
+def test_half_precision_rounds_as_full_precision_does(
+    model: GoldenModel, states: dict[str, CalibratedState]
+) -> None:
+    """16-bit codes fit neither float16 nor an amax that it has rounded."""
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)).half()
+    unet = model.unet().half()
+    load_backend("modelopt").install(unet, states["w4a16"])
+    grid = states["w4a16"].activations["conv_in"]
+    found = unet.conv_in.input_quantizer(x)
+    assert found.dtype == torch.float16
+    codes = (x.float() / grid.scale).round() + grid.zero_point
+    exact = (codes.clamp(grid.low_code, grid.high_code) - grid.zero_point) * grid.scale
+    assert float((found.float() - exact).abs().max()) <= float(exact.abs().max()) * 2**-10
