@@ -101,8 +101,10 @@ class ActGrid:
         if self.kept == "ends":
             return ActGrid.over(bits, self.low, self.high)
         middle = 2 ** (bits - 1)
-        step = self.high / (middle - 1) if self.kept == "high" else -self.low / middle
-        return ActGrid.asymmetric(bits, step, middle)
+        if self.kept == "low":
+            return ActGrid.asymmetric(bits, -self.low / middle, middle)
+        narrow = self.low_code == -self.high_code  # the lowest code is left out, there as well
+        return ActGrid(bits, self.high / (middle - 1), middle - narrow, 0, 2**bits - 1 - narrow)
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,7 @@ def _write_state(state: CalibratedState, pipeline: str, folder: Path) -> dict[st
             f"{state.source}: its activation grids are known only after a run of the model: give the file of zero "
             "points (docs/ptqd.md; `convert ... --set zero_points=FILE`, elsewhere `--set base.zero_points=FILE`)"
         )
+    state.check_whole()
     widths = {grid.bits for name, grid in state.activations.items() if name not in state.operands}
     if len(widths) > 1:
         raise IncompatibleModelError(

@@ -24,6 +24,9 @@ OPERANDS = ("q", "k", "v", "softmax")
 """Appended, after a dot, to an attention's name for the quantizers of its matrix products."""
 
 
+SAME_WAY = 0.8
+"""Least cosine between a weight and its quantized one; rounding to 3 bits leaves 0.95 and more."""
+
 SAMPLED = 32
 """Values of a float weight that are kept where the weight itself is not."""
 
@@ -67,6 +70,18 @@ class CalibratedLayer:
     def dequantized(self) -> Tensor:
         """The weight that the layer computes with, float32, in the float weight's shape."""
         return torch.cat([part.dequantized() for part in self.weight], dim=1)
+
+    def points_along(self, weight: Tensor) -> bool:
+        """Whether a float weight, before smoothing, points about where this layer's does (`SAME_WAY`)."""
+        ours = self.dequantized()
+        if self.low_rank is not None:
+            down, up = self.low_rank
+            ours = ours + up @ down
+        if self.smoothing is not None:
+            ours = ours * self.smoothing.reshape(1, -1, *[1] * (ours.ndim - 2))
+        theirs = weight.detach().float().cpu()
+        cosine = nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
+        return bool(cosine > SAME_WAY) or not bool(theirs.any())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -249,6 +264,19 @@ class CalibratedState:
                 f"{type(denoiser).__name__} ({len(problems)} differences):\n  {shown}{more}"
             )
 
+    def check_whole(self) -> None:
+        """Check that the record holds all of the calibrated model.
+
+        Raises:
+            IncompatibleModelError: quantizers are `left`, which only the framework that has them can run.
+        """
+        if self.left:
+            name, what = next(iter(self.left.items()))
+            raise IncompatibleModelError(
+                f"{self.source}: {len(self.left)} quantizers that only its own framework can run ({name}: {what}). Put "
+                f"its model into the pipeline and give `backend: {self.format}`, or switch them off before calibrating"
+            )
+
     def check_plain(self, denoiser: nn.Module) -> None:
         """Check that a denoiser's layers are in full precision: no framework has put quantizers inside.
 
@@ -268,6 +296,8 @@ class CalibratedState:
     def check_same_weights(self, denoiser: nn.Module) -> None:
         """Check that a denoiser holds the weights the checkpoint was calibrated on, up to half-precision rounding.
 
+        Weights that the calibration may have `moved` are only held to point the same way (`SAME_WAY`).
+
         Raises:
             IncompatibleModelError: it holds others, a fine-tune's say; installing would replace them.
         """
@@ -277,6 +307,11 @@ class CalibratedState:
             layer = name.removesuffix(".weight")
             if ours is None and layer in self.weight_samples:
                 theirs, ours = weight_sample(theirs), self.weight_samples[layer]
+            if name in self.moved and layer in self.layers and not parameter.is_meta:
+                compared += 1
+                if not self.layers[layer].points_along(theirs):
+                    differing.append(name)
+                continue
             if ours is None or parameter.is_meta or name in self.moved:
                 continue
             compared += 1

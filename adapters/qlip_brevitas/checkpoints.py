@@ -48,7 +48,14 @@ def load(config: BrevitasConfig) -> CalibratedState:
         f"{name}.{part}." for name in names for part in ("input_quant", "weight_quant", "output_quant")
     )
     floats = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
-    return state_of(layers, floats, {}, str(config.checkpoint))
+    state = state_of(layers, floats, {}, str(config.checkpoint))
+    if config.fingerprint is not None and not state.fingerprint.startswith(config.fingerprint):
+        raise ArtefactError(
+            f"{config.checkpoint}: with these options it has the fingerprint {state.fingerprint[:12]}..., "
+            f"base.fingerprint is {config.fingerprint[:12]}...: the widths or the quantizers are not those it was saved "
+            "with"
+        )
+    return state
 
 
 def inspect(path: Path) -> Inspection:
@@ -56,6 +63,7 @@ def inspect(path: Path) -> Inspection:
     tensors = _read(path)
     names = _layers(tensors)
     shifted = any(_ZERO_POINT in name for name in tensors)
+    floats = sum(t.ndim in (2, 4) and n.removesuffix(".weight") not in names for n, t in tensors.items())
     quantizer = "ShiftedUint8ActPerTensorFloat" if shifted else "Int8ActPerTensorFloat"
     return Inspection(
         format=NAME,
@@ -66,7 +74,11 @@ def inspect(path: Path) -> Inspection:
         split_layers=0,
         base={"adapter": NAME, "checkpoint": str(path.resolve()), "input_quant": quantizer},
         unknown=("weight_bits", "activation_bits"),
-        notes=("weight_quant: the file does not tell it; Int8WeightPerChannelFloat is taken",),
+        notes=(
+            "weight_quant, input_quant: the file hardly tells them; Int8WeightPerChannelFloat and "
+            f"{quantizer} are taken. Compare the fingerprint of the model in memory (base.fingerprint)",
+            *([f"{floats} weights have no input's scale beside them: taken for float"] if floats else []),
+        ),
         details={"layers": names},
     )
 
@@ -113,7 +125,7 @@ def _builder(config: BrevitasConfig) -> Callable[[str, dict[str, Tensor]], Any]:
 
     def build(name: str, own: dict[str, Tensor]) -> Any:
         out, into, *kernel = own["weight"].shape
-        options = {"bias": "bias" in own, **quantizers}
+        options = {"bias": "bias" in own, "dtype": own["weight"].dtype, **quantizers}
         layer = (
             qnn.QuantConv2d(into, out, tuple(kernel), **options)
             if kernel

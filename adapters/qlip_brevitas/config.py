@@ -21,6 +21,8 @@ class BrevitasConfig(AdapterConfig):
         activation_bits: of every input.
         weight_quant: the quantizer of `brevitas.quant` that the weights had.
         input_quant: the same for the inputs.
+        fingerprint: of the model in memory, or the beginning of it (`controller.state.fingerprint`); compared, since a
+            state dict reads without an error under some other quantizers, too.
     """
 
     adapter: Literal["brevitas"] = "brevitas"
@@ -29,6 +31,7 @@ class BrevitasConfig(AdapterConfig):
     activation_bits: ActivationWidth | None = None
     weight_quant: str = "Int8WeightPerChannelFloat"
     input_quant: str = "Int8ActPerTensorFloat"
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")] | None = None
 
     @model_validator(mode="after")
     def _widths_of_a_file(self) -> Self:

@@ -244,11 +244,16 @@ class InstalledLive(Installed):
             base = self._state.activations[name]
             quantizer = proxy.fused_activation_quant_proxy.tensor_quant
             bits = quantizer.msb_clamp_bit_width_impl()
-            scale = float(quantizer.scaling_impl(torch.zeros(1), quantizer.int_scaling_impl(bits)))
-            if abs(scale - base.scale) > 1e-5 * base.scale or int(bits) != base.bits:
+            like = torch.zeros(1, device=bits.device)
+            scale = quantizer.scaling_impl(like, quantizer.int_scaling_impl(bits))
+            zero = float(quantizer.zero_point_impl(like, scale, bits))
+            off = (1e-5 + torch.finfo(scale.dtype).eps) * base.scale
+            same = abs(float(scale) - base.scale) <= off and round(zero) == base.zero_point
+            if not same or int(bits) != base.bits:
                 raise IncompatibleModelError(
-                    f"{name}: brevitas's step is {scale:.5g} at {int(bits)} bits now; it was {base.scale:.5g} at "
-                    f"{base.bits} when the recipe was applied. Remove the recipe before calibrating or loading"
+                    f"{name}: brevitas's step is {float(scale):.5g}, its zero point {zero:g} at {int(bits)} bits now; "
+                    f"they were {base.scale:.5g} and {base.zero_point} at {base.bits} when the recipe was applied. "
+                    "Remove the recipe before calibrating or loading"
                 )
 
 

@@ -19,6 +19,11 @@ def read(denoiser: nn.Module) -> CalibratedState:
             "(what from_pretrained gives has lost them), or name a saved state dict, `base: {adapter: brevitas, "
             "checkpoint: FILE, weight_bits: 4, activation_bits: 8}`"
         )
+    for name, module in denoiser.named_modules():
+        if any(type(hook).__module__ == f"{__package__}.install" for hook in module._forward_hooks.values()):
+            raise IncompatibleModelError(
+                f"{name}: a recipe is applied to this {kind}: remove its controller first"
+            )
     layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, LAYERS)}
     return state_of(
         layers,

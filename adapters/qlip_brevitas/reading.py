@@ -90,6 +90,11 @@ def _check_running(name: str, module: Any) -> None:
         raise IncompatibleModelError(
             f"{name}: it is in training mode, where its ranges follow what it sees: call .eval() on the model"
         )
+    if module.return_quant_tensor:
+        raise IncompatibleModelError(
+            f"{name}: it returns quantized tensors, which carry one width to the next layer: quantize with "
+            "return_quant_tensor=False"
+        )
     for part in ("input_quant", "weight_quant"):
         if getattr(module, part).export_mode:
             raise IncompatibleModelError(
@@ -106,7 +111,15 @@ def _weight(name: str, module: Any) -> WeightPart:
     bits, shape = int(quantized.bit_width), tuple(quantized.value.shape)
     per_channel = (shape[0], *[1] * (len(shape) - 1))
     scale, zero = (_per_channel(name, part, per_channel) for part in (quantized.scale, quantized.zero_point))
-    codes = (quantized.value.float() / scale + zero).round()
+    int_quant = getattr(module.weight_quant.tensor_quant, "int_quant", None)
+    if not isinstance(int_quant, IntQuant):
+        raise IncompatibleModelError(
+            f"{name}: its weight is rounded by a {type(int_quant).__name__}, not IntQuant"
+        )
+    # Its own codes: half-precision values, divided by the step again, may lie between two.
+    codes = int_quant.to_int(
+        quantized.scale, quantized.zero_point, quantized.bit_width, module.weight
+    ).float()
     shift = 2 ** (bits - 1) if quantized.signed else 0
     kind = torch.uint8 if bits <= 8 else torch.int32
     return WeightPart((codes + shift).cpu().to(kind), scale.cpu(), zero.cpu() + shift, bits)
@@ -140,9 +153,12 @@ def _grid(name: str, proxy: Any) -> ActGrid:
     bits, scale, zero = int(proxy.bit_width()), float(proxy.scale()), round(float(proxy.zero_point()))
     if not 0 < scale < float("inf") or not 2 <= bits <= 24:
         raise ArtefactError(f"{name}: scale {scale} at {bits} bits: was it calibrated?")
+    if getattr(getattr(quantizer, "scaling_impl", None), "counter", None) == 0:
+        raise ArtefactError(f"{name}: calibration never reached it: its range is the one it was made with")
+    narrow = bool(proxy.is_narrow_range)
     if not proxy.is_signed:
-        return ActGrid.asymmetric(bits, scale, zero)
-    top, narrow = 2 ** (bits - 1) - 1, bool(proxy.is_narrow_range)
+        return ActGrid(bits, scale, zero, 0, 2**bits - 1 - narrow)
+    top = 2 ** (bits - 1) - 1
     kept: Kept = "ends" if zero else "high" if narrow else "low"
     return ActGrid(bits, scale, zero, -top if narrow else -top - 1, top, kept)
 

@@ -48,6 +48,7 @@ class ModelOptActQuantizer(TorchActQuantizer):
         super().__init__(name, base, ranges)
         self._own = own
         self._host: TensorQuantizer | None = None
+        self._scalars: dict[tuple[int, torch.device], tuple[Tensor, Tensor | None, bool]] = {}
 
     def run(self, x: Tensor, host: TensorQuantizer) -> Tensor:
         """Quantize `x`, which `host` has smoothed, at the selected widths."""
@@ -72,7 +73,28 @@ class ModelOptActQuantizer(TorchActQuantizer):
         if self._own and width == self.base_bits:
             return _by_itself(self._host, x)
         grid = self._grids.grid(width)
-        return x if grid is None else _on_grid(x, grid, self._host)
+        return x if grid is None else self._on_grid(x, grid, self._host)
+
+    def _on_grid(self, x: Tensor, grid: ActGrid, host: TensorQuantizer) -> Tensor:
+        key = (grid.bits, x.device)
+        if key not in self._scalars:
+            high, middle, narrow = _as_modelopt(grid)
+            value = None if middle is None else torch.tensor(middle, device=x.device)
+            self._scalars[key] = (torch.tensor(high, device=x.device), value, narrow)
+        amax, bias, narrow = self._scalars[key]
+        out: Tensor = fake_tensor_quant(
+            x.float(),
+            amax,
+            bias,
+            grid.bits,
+            False,  # unsigned
+            narrow,
+            None,
+            host._pass_through_bwd,
+            None,
+            None,
+        )
+        return out.to(x.dtype)
 
 
 def _by_itself(host: TensorQuantizer, x: Tensor) -> Tensor:
@@ -83,23 +105,6 @@ def _by_itself(host: TensorQuantizer, x: Tensor) -> Tensor:
     finally:
         host.backend = BACKEND_NAME
     return out
-
-
-def _on_grid(x: Tensor, grid: ActGrid, host: TensorQuantizer) -> Tensor:
-    amax, bias, narrow = _as_modelopt(grid)
-    out: Tensor = fake_tensor_quant(
-        x.float(),
-        torch.tensor(amax, device=x.device),
-        None if bias is None else torch.tensor(bias, device=x.device),
-        grid.bits,
-        False,  # unsigned
-        narrow,
-        None,
-        host._pass_through_bwd,
-        None,
-        None,
-    )
-    return out.to(x.dtype)
 
 
 def _as_modelopt(grid: ActGrid) -> tuple[float, float | None, bool]:
@@ -154,7 +159,7 @@ class InstalledModelOpt(InstalledTorch):
     def _quantize_input(
         self, name: str, module: nn.Module, layer: CalibratedLayer, ranges: Ranges
     ) -> nn.Module:
-        reason = cannot_express(name, layer, ranges)
+        reason = _cannot_express(name, layer, ranges)
         if reason:
             before = set(self._quantizers)
             module = super()._quantize_input(name, module, layer, ranges)
@@ -174,7 +179,7 @@ class InstalledModelOpt(InstalledTorch):
         if layer.low_rank is not None:
             self._smooth(converted, layer)  # the branch wants the smoothed input, too
         elif layer.smoothing is not None:
-            factor = layer.smoothing.to(converted.weight.device)
+            factor = layer.smoothing.to(converted.weight.device, converted.weight.dtype)
             converted.input_quantizer.pre_quant_scale = (
                 factor.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else factor
             )
@@ -209,7 +214,7 @@ def _export(module: Any) -> None:
     vars(module).pop("_parallel_state", None)
 
 
-def cannot_express(name: str, layer: CalibratedLayer, ranges: Ranges) -> str:
+def _cannot_express(name: str, layer: CalibratedLayer, ranges: Ranges) -> str:
     """Why ModelOpt's quantizers cannot run a layer's input; empty where they can."""
     if layer.split is not None:
         return _SPLIT
@@ -236,7 +241,8 @@ class InstalledLive(Installed):
             self._undo.append(_take(host, quantizer))
             self._hosts.append((name, host, quantizer))
             self._quantizers[name] = quantizer
-        self._undo += [_differentiable(module) for module in _attentions(denoiser)]
+        for module in _attentions(denoiser):
+            self._undo.append(_differentiable(module))
 
     def remove(self) -> None:
         """See `Installed.remove`."""
@@ -248,15 +254,36 @@ class InstalledLive(Installed):
         for name, host, quantizer in self._hosts:
             _check_taken(name, host, quantizer)
             base = self._state.activations[name]
-            found = float(host.amax), host.num_bits
-            if found[1] != base.bits or abs(found[0] - base.high) > 1e-5 * base.high:
+            amax: Any = host.amax
+            found, off = (float(amax), host.num_bits), 1e-5 + torch.finfo(amax.dtype).eps
+            if found[1] != base.bits or abs(found[0] - base.high) > off * base.high:
                 raise IncompatibleModelError(
                     f"{name}: ModelOpt's range is {found[0]:.5g} at {found[1]} bits now; it was {base.high:.5g} at "
                     f"{base.bits} when the recipe was applied. Remove the recipe before calibrating or loading"
                 )
+            _check_smoothing(name, host, self._state.layers[name].smoothing)
+
+
+def _check_smoothing(name: str, host: Any, expected: Tensor | None) -> None:
+    found = host.pre_quant_scale
+    if found is None and expected is None:
+        return
+    if found is not None and expected is not None:
+        off = 1e-5 + torch.finfo(found.dtype).eps
+        if torch.allclose(found.float().flatten().cpu(), expected, rtol=off, atol=0):
+            return
+    raise IncompatibleModelError(
+        f"{name}: ModelOpt's pre_quant_scale is not the one that was there when the recipe was applied. Remove the "
+        "recipe before calibrating or loading"
+    )
 
 
 def _check_taken(name: str, host: Any, quantizer: ModelOptActQuantizer) -> None:
+    if (host is not None and not (host.is_enabled and host._if_quant)) or getattr(host, "_if_calib", False):
+        raise IncompatibleModelError(
+            f"{name}: ModelOpt's quantizer has been switched off, or to calibrating, so that no choice has an effect: "
+            "remove the recipe before that"
+        )
     if getattr(host, "_quantizer_cache", None) is not quantizer or host.backend != BACKEND_NAME:
         raise IncompatibleModelError(f"{name}: its activation quantizer has been taken out")
 

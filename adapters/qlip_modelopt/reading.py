@@ -25,6 +25,8 @@ INPUT, WEIGHT = "input_quantizer", "weight_quantizer"
 TINY = 2.0**-24
 """ModelOpt makes 0 of everything under an amax up to this."""
 
+_FOLDED_OFF = 0.15
+
 _WEIGHTS_KEPT = frozenset({"quantize", "max_calibrate", "mse_calibrate"})
 """Modes that leave the float weights as they were; the others smooth, split or move them."""
 
@@ -60,12 +62,16 @@ def state_of(model: Quantized) -> CalibratedState:
     for name, quantizer in model.quantizers.items():
         path, _, role = name.rpartition(".")
         # A sequence of quantizers is listed with its parts, `...weight_quantizer.0` and on.
-        if role.isdigit() or not _is_on(quantizer):
+        if role.isdigit():
+            continue
+        if not _is_on(quantizer):
+            if _is_layer(model, path) and not _quantizes(model, path) and _transforms(model, name):
+                left[name] = "changes a layer whose quantizers are off"
             continue
         if role in (INPUT, WEIGHT) and _is_layer(model, path):
             _check_integer(model, name, quantizer)
         else:
-            left[name] = _described(path, quantizer)
+            left[name] = _described(path, role, quantizer)
     for path in _paths(model):
         if _is_layer(model, path) and _quantizes(model, path):
             layers[path] = _layer(model, path)
@@ -99,10 +105,19 @@ def _quantizes(model: Quantized, path: str) -> bool:
     return _is_on(model.quantizers[f"{path}.{INPUT}"]) or _is_on(model.quantizers[f"{path}.{WEIGHT}"])
 
 
-def _described(path: str, quantizer: Mapping[str, Any]) -> str:
-    bits, kind = quantizer.get("_num_bits", "several"), path.rpartition(".")[2]
-    where = "an input of a normalization" if kind.startswith("norm") else "outside convolutions and linears"
-    return f"{where}, {bits} bits"
+def _transforms(model: Quantized, name: str) -> bool:
+    """Whether a quantizer does something even where it is off: it smooths, or has a low-rank branch."""
+    return any(f"{name}.{part}" in model.tensors for part in ("_pre_quant_scale", "_svdquant_lora_a"))
+
+
+def _described(path: str, role: str, quantizer: Mapping[str, Any]) -> str:
+    if role == "output_quantizer":
+        where = "an output"
+    elif path.rpartition(".")[2].startswith("norm"):
+        where = "an input of a normalization"
+    else:
+        where = "outside convolutions and linears"
+    return f"{where}, {quantizer.get('_num_bits', 'several')} bits"
 
 
 def _check_integer(model: Quantized, name: str, quantizer: Mapping[str, Any]) -> None:
@@ -147,6 +162,7 @@ def _objections(name: str, quantizer: Mapping[str, Any], amax: Tensor | None) ->
             f"a range for each of {channels} channels (axis={axis}). smoothquant leaves that behind where it smooths "
             "nothing: it wants 8-bit weights, too",
         ),
+        (not is_input and bool(quantizer.get("_unsigned")), "unsigned, expected signed weights"),
         (not is_input and axis not in (0, (0,), None), f"quantized along axis {axis}, expected 0"),
     ]
 
@@ -209,12 +225,12 @@ def _weight_part(model: Quantized, path: str, quantizer: Mapping[str, Any]) -> W
     amax = model.tensors.get(f"{path}.{WEIGHT}._amax")
     top = 2 ** (bits - 1) - 1
     if not _is_on(quantizer) or amax is None:
-        return _folded(model, path, weight, bits)
+        return _folded(model, path, weight, bits, model.tensors[f"{path}.weight"].dtype)
     if not bool(amax.isfinite().all()) or not bool(weight.isfinite().all()):
         raise ArtefactError(f"{model.source}: {path}: its weight, or its range, is NaN or infinite")
     spread = _own(amax).reshape(-1, *[1] * (weight.ndim - 1)).expand(len(weight), *[-1] * (weight.ndim - 1))
     # ModelOpt's own order of operations: it multiplies by the inverse of the step.
-    inverse = torch.where(spread > TINY, top / spread, torch.zeros_like(spread))
+    inverse = torch.where(spread > TINY, torch.full_like(spread, top) / spread, torch.zeros_like(spread))
     low = -top if quantizer.get("_narrow_range") else -top - 1
     codes = (weight * inverse).round().clamp(low, top)
     step = torch.where(spread > TINY, spread / top, torch.ones_like(spread))
@@ -227,16 +243,22 @@ def _part(codes: Tensor, step: Tensor, bits: int) -> WeightPart:
     return WeightPart((codes + middle).to(kind), step, torch.full_like(step, float(middle)), bits)
 
 
-def _folded(model: Quantized, path: str, weight: Tensor, bits: int) -> WeightPart:
+def _folded(model: Quantized, path: str, weight: Tensor, bits: int, kind: torch.dtype) -> WeightPart:
     """The codes of a weight that `mtq.fold_weight` has rounded already: each channel's largest one is sought."""
     top = 2 ** (bits - 1) - 1 if bits else 0
+    off = max(1e-3, top * torch.finfo(kind).eps)  # of a step: what the weight's type may round a code by
+    if not 2 <= bits <= 8 or off > _FOLDED_OFF:
+        raise IncompatibleModelError(
+            f"{model.source}: {path}: its weight quantizer is off; whether its weight is folded to {bits} bits "
+            f"cannot be told in {kind}. Save the model before mtq.fold_weight, or in float32"
+        )
     rows = weight.flatten(1)
     peak = rows.abs().amax(1, keepdim=True)
     step, found = torch.ones_like(peak), peak <= TINY
     for largest in range(top + 1, 0, -1):
         candidate = peak / largest
         ratio = rows / candidate.clamp(min=TINY)
-        fits = ((ratio - ratio.round()).abs().amax(1, keepdim=True) < 1e-3) & (peak > TINY)
+        fits = ((ratio - ratio.round()).abs().amax(1, keepdim=True) < off) & (peak > TINY)
         fits &= ratio.round().amax(1, keepdim=True) <= top
         step, found = torch.where(fits & ~found, candidate, step), found | fits
     if not bool(found.all()):

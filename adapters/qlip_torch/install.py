@@ -25,17 +25,26 @@ class _Smooth:
     """A layer's forward pre-hook: scales its input's channels; and the low-rank branch beside the layer."""
 
     def __init__(self, layer: CalibratedLayer) -> None:
-        self.smoothing, self.low_rank = layer.smoothing, layer.low_rank
+        self._smoothing, self._low_rank = layer.smoothing, layer.low_rank
         self._beside: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        if self.smoothing is not None:
-            factor = self.smoothing.to(x.device, x.dtype)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not args:
+            return (self._smoothed(module, kwargs["input"]),), {}
+        return (self._smoothed(module, args[0]), *args[1:]), kwargs
+
+    def _smoothed(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self._smoothing is not None:
+            self._smoothing = self._smoothing.to(x.device)  # once: it stays there
+            factor = self._smoothing.to(x.dtype)
             x = x * (factor.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else factor)
-        if self.low_rank is not None:
-            self._beside = through_low_rank(x, self.low_rank)
-        return (x, *args[1:])
+        if self._low_rank is not None:
+            down, up = self._low_rank
+            self._low_rank = (down.to(x.device), up.to(x.device))
+            self._beside = through_low_rank(x, self._low_rank)
+        return x
 
     def add(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """The forward hook: adds the branch."""
@@ -159,7 +168,7 @@ class InstalledTorch(Installed):
         if layer.smoothing is None and layer.low_rank is None:
             return
         smooth = _Smooth(layer)
-        self._undo.append(module.register_forward_pre_hook(smooth).remove)
+        self._undo.append(module.register_forward_pre_hook(smooth, with_kwargs=True).remove)
         self._undo.append(module.register_forward_hook(smooth.add).remove)
 
     def add_attention(self, name: str, state: CalibratedState, ranges: Ranges) -> None:
@@ -200,7 +209,7 @@ def install(
     ranges = ranges or Ranges()
     _refuse_second(denoiser)
     _refuse_offloaded(denoiser)
-    _refuse_left(state)
+    state.check_whole()
     state.check_plain(denoiser)
     state.check_fits(denoiser)
     state = state.completed(denoiser)
@@ -229,15 +238,6 @@ def _refuse_offloaded(denoiser: nn.Module) -> None:
                 f"{name}: its weights are offloaded by accelerate, which would put the float ones back. Install "
                 "first, then call enable_sequential_cpu_offload()"
             )
-
-
-def _refuse_left(state: CalibratedState) -> None:
-    if state.left:
-        name, what = next(iter(state.left.items()))
-        raise IncompatibleModelError(
-            f"{state.source}: {len(state.left)} quantizers that only its own framework can run ({name}: {what}). "
-            f"Put its model into the pipeline and give `backend: {state.format}`, or switch them off before calibrating"
-        )
 
 
 def _refuse_second(denoiser: nn.Module) -> None:

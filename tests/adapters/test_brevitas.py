@@ -60,6 +60,7 @@ def refused(options: Callable[[], dict[str, Any]], message: str) -> tuple[Callab
 REFUSED = {
     "quantized bias": refused(lambda: {"bias_quant": quantizer("Int32Bias")}, "bias_quant=None"),
     "weights alone": refused(lambda: {"input_quant": None}, "it quantizes weights alone"),
+    "quantized tensors": refused(lambda: {"return_quant_tensor": True}, "return_quant_tensor=False"),
     "inputs alone": refused(lambda: {"weight_quant": None}, "its input is quantized and its weight is not"),
     "dynamic": refused(
         lambda: {"input_quant": dynamic()},
@@ -139,11 +140,11 @@ def test_zero_points(model: GoldenModel, calibrate: Callable[[nn.Module], None],
         Adapter.load(Adapter.config_class(**options, input_quant="ShiftedUint8ActPerTensor"))
 
 
-def test_quantized_outputs_stay_and_are_told_of(model: GoldenModel) -> None:
-    quantized = by_layers(model.unet(), {"output_quant": quantizer("Int8ActPerTensorFloat")})
-    with torch.no_grad():
-        quantized(**model.call(0))  # in training mode: the ranges are those of this call
-    state = read(quantized.eval())
+def test_quantized_outputs_stay_and_are_told_of(
+    model: GoldenModel, calibrate: Callable[[nn.Module], None]
+) -> None:
+    outputs = quantizer("Int8ActPerTensorFloat")
+    state = read(by_brevitas(model.unet(), calibrate, output_quant=outputs))
     assert len(state.left) == len(state.layers)
     with pytest.raises(IncompatibleModelError, match="only its own framework can run"):
         load_backend("torch").install(model.unet(), state)
@@ -194,7 +195,7 @@ def test_a_range_without_its_lowest_code(model: GoldenModel, states: dict[str, C
         handles = load_backend(backend).install(unet, state, Ranges(keep_calibrated=True))
         handles["conv_in"].set_bits(torch.tensor([8, 6]))
         found.append(unet.conv_in(x))
-    assert torch.allclose(*found, rtol=0, atol=1e-5)
+    assert torch.allclose(found[0], found[1], rtol=0, atol=1e-5)
 
 
 def test_half_precision_rounds_as_full_precision_does(
@@ -209,4 +210,48 @@ def test_half_precision_rounds_as_full_precision_does(
     assert found.dtype == torch.float16
     codes = (x.float() / grid.scale).round() + grid.zero_point
     exact = (codes.clamp(grid.low_code, grid.high_code) - grid.zero_point) * grid.scale
-    assert float((found.float() - exact).abs().max()) <= float(exact.abs().max()) * 2**-10
+    assert torch.all(
+        (found.float() - exact).abs() <= exact.abs() * 2**-11 + grid.scale
+    )  # a step, and half's rounding
+
+
+def test_what_calibration_never_reached_is_refused(
+    model: GoldenModel, calibrate: Callable[[nn.Module], None]
+) -> None:
+    with pytest.raises(ArtefactError, match="calibration never reached it"):
+        read(by_layers(model.unet(), {}).eval())
+
+
+def test_weights_in_half_precision_have_brevitas_s_own_codes(
+    model: GoldenModel, calibrate: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    weights = type("W8", (quantizer("ShiftedUint8WeightPerChannelFloat"),), {})
+    quantized = by_brevitas(model.unet(), calibrate, weight_quant=weights).bfloat16()
+    state = read(quantized)
+    for name, layer in state.layers.items():
+        own = quantized.get_submodule(name).weight.float()
+        step = layer.weight[0].scale
+        assert bool(((layer.dequantized() - own).abs() <= 2 * step).all()), (
+            name
+        )  # wrapped codes lie 255 steps away
+    torch.save(quantized.state_dict(), tmp_path / "unet.pth")
+    options = {"weight_bits": 8, "activation_bits": 8, "weight_quant": "ShiftedUint8WeightPerChannelFloat"}
+    loaded = Adapter.load(Adapter.config_class(checkpoint=tmp_path / "unet.pth", **options))
+    assert loaded.fingerprint == state.fingerprint
+    with pytest.raises(ArtefactError, match="not those it was saved with"):
+        Adapter.load(
+            Adapter.config_class(checkpoint=tmp_path / "unet.pth", fingerprint="0123456789abcdef", **options)
+        )
+
+
+def test_other_zero_points_under_a_recipe(model: GoldenModel, calibrate: Callable[[nn.Module], None]) -> None:
+    quantized = by_brevitas(model.unet(), calibrate, SHIFTED)
+    handles = load_backend("brevitas").install(quantized, read(quantized))
+    handles.verify()
+    with pytest.raises(IncompatibleModelError, match="a recipe is applied to this"):
+        read(quantized)
+    for name, parameter in quantized.named_parameters():
+        if "zero_point_impl" in name:
+            parameter.data.mul_(0.3)
+    with pytest.raises(IncompatibleModelError, match="its zero point"):
+        handles.verify()
