@@ -52,8 +52,8 @@ def load(config: BrevitasConfig) -> CalibratedState:
     if config.fingerprint is not None and not state.fingerprint.startswith(config.fingerprint):
         raise ArtefactError(
             f"{config.checkpoint}: with these options it has the fingerprint {state.fingerprint[:12]}..., "
-            f"base.fingerprint is {config.fingerprint[:12]}...: the widths or the quantizers are not those it was saved "
-            "with"
+            f"base.fingerprint is {config.fingerprint[:12]}...: the widths or the quantizers are not those it was "
+            "saved with"
         )
     return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,37 @@ def test_backend(
             widths=(4, 8, 32),
         )
     )
+
+
+SMOOTHED = ("exact_at_base", "untouched_at_32", "rows_have_their_own_bits", "reversible", "survives_deepcopy")
+
+
+@pytest.mark.parametrize("check", SMOOTHED)
+@pytest.mark.parametrize("name", with_hosts(("torch", *HOSTS)))
+def test_smoothed_inputs_and_low_rank_branches(
+    name: str, check: str, model: GoldenModel, states: dict[str, CalibratedState]
+) -> None:
+    """As SmoothQuant, AWQ and SVDQuant leave them; a convolution can be smoothed, too."""
+    generator = torch.Generator().manual_seed(0)
+    layers = dict(states["w8a8"].layers)
+    for path, layer in states["w8a8"].layers.items():
+        if path.endswith((".to_q", ".to_out.0", "conv1")) and layer.split is None:
+            out, into = layer.shape[:2]
+            branch = (torch.randn(2, into, generator=generator), torch.randn(out, 2, generator=generator))
+            layers[path] = replace(
+                layer,
+                smoothing=torch.rand(into, generator=generator) + 0.5,
+                low_rank=None if path.endswith("conv1") else branch,
+            )
+    case = BackendCase(
+        backend=load_backend(name),
+        make_denoiser=model.unet,
+        state=replace(states["w8a8"], layers=layers, operands={}),
+        inputs=model.call(5),
+        ranges=Ranges(keep_calibrated=True),
+        widths=(6, 8, 32),
+    )
+    BACKEND_CHECKS[check](case)
 
 
 @pytest.mark.parametrize("check", BASE_QUANTIZER_CHECKS.values(), ids=list(BASE_QUANTIZER_CHECKS))
