@@ -90,7 +90,8 @@ def by_brevitas(pipe: Any, calibration: list[str]) -> None:
 
     options = {"weight_quant": W4, "input_quant": A8, "bias_quant": None, "return_quant_tensor": False}
     layers = {nn.Conv2d: (qnn.QuantConv2d, dict(options)), nn.Linear: (qnn.QuantLinear, dict(options))}
-    pipe.unet = layerwise_quantize(pipe.unet, compute_layer_map=layers)
+    device = pipe.unet.device
+    pipe.unet = layerwise_quantize(pipe.unet, compute_layer_map=layers).to(device)  # it is made on the CPU
     if calibration:
         with torch.no_grad(), calibration_mode(pipe.unet):
             sample(pipe, calibration, 1000)
