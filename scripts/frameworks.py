@@ -3,11 +3,13 @@
 python scripts/frameworks.py quantize build/frameworks   # W4A8, each with its own calibration; and recipes
 python scripts/frameworks.py show build/frameworks       # before and after, saved and reloaded in a fresh process
 python scripts/frameworks.py golden                      # docs/frameworks/golden.json and golden.md
+python scripts/frameworks.py device --device cuda        # both frameworks there, in three types
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import subprocess
@@ -27,6 +29,7 @@ from qlip_plugins import apply
 from qlip_plugins.adapter import Installed, load_backend, load_base_quantizer
 from qlip_plugins.artefacts import versions
 from qlip_plugins.generation import load_pipeline
+from qlip_plugins.grids import Ranges
 from qlip_plugins.recipe import Recipe
 from qlip_plugins.sharing import convert
 from qlip_plugins.state import CalibratedState
@@ -351,16 +354,78 @@ def _compared(state: CalibratedState, expected: Layers, got: Layers) -> dict[str
     }
 
 
+def on_device(device: str) -> None:
+    """A model in memory and from a file on a device: to the bit where it has to be, and in half precision."""
+    pipe = demo_pipe().to(device)
+    states = pipe.encode_prompt(["rocket", "cat", "a house", "tree"], device, 1, False)[0].detach()
+    noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    times = torch.tensor([801.0, 401.0, 201.0, 11.0], device=device)
+
+    @torch.no_grad()
+    def predict(unet: Any, kind: torch.dtype = torch.float32) -> Tensor:
+        found: Tensor = unet(noise.to(kind), times, states.to(kind)).sample.float()
+        return found
+
+    for name in FRAMEWORKS:
+        own = copy.copy(pipe)
+        own.unet = copy.deepcopy(pipe.unet)
+        QUANTIZE[name](own, ["rocket", "cat", "castle", "tree"])
+        unet, kept = own.unet, Ranges(keep_calibrated=True)
+        expected = predict(unet)
+        adapter: Any = load_base_quantizer(name)
+        state = adapter.read(adapter.config_class(), unet)
+        handles = load_backend(name).install(unet, state, kept)
+        found: dict[str, Any] = {"live base equal": torch.equal(predict(unet), expected)}
+        _set(handles, torch.tensor([4, 8, 32, 6]))
+        mixed = predict(unet)
+        _set(handles, 6)
+        found["row alone equal"] = torch.equal(predict(unet)[3], mixed[3])
+        logits = torch.zeros(3, requires_grad=True, device=device)
+        for handle in handles.values():
+            handle.set_mixture((4, 6, 8), logits.softmax(-1), 6)
+        unet(noise, times, states).sample.square().mean().backward()
+        found["gradient"] = logits.grad.tolist() if logits.grad is not None else None
+        handles.remove()
+        found["removed equal"] = torch.equal(predict(unet), expected)
+        for kind in (torch.float32, torch.float16, torch.bfloat16):
+            found |= _against_torch(name, pipe.unet, state, kind, predict)
+        print(json.dumps({name: found}, indent=2))
+
+
+def _against_torch(
+    name: str, unet: nn.Module, state: CalibratedState, kind: torch.dtype, predict: Callable[..., Tensor]
+) -> dict[str, float]:
+    by_backend: dict[str, list[Tensor]] = {}
+    for backend in ("torch", name):
+        plain = copy.deepcopy(unet).to(kind)
+        handles = load_backend(backend).install(plain, state, Ranges(keep_calibrated=True))
+        by_backend[backend] = [predict(plain, kind)]
+        _set(handles, 16)
+        by_backend[backend].append(predict(plain, kind))
+    return {
+        f"{kind} {name} vs torch, {bits} bits": float((ours - reference).norm() / reference.norm())
+        for bits, ours, reference in zip((8, 16), by_backend[name], by_backend["torch"], strict=True)
+    }
+
+
+def _set(handles: Installed, bits: int | Tensor) -> None:
+    for handle in handles.values():
+        handle.set_bits(bits)
+
+
 def main() -> None:
     """See the module's description."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["quantize", "show", "reload", "golden"])
+    parser.add_argument("what", choices=["quantize", "show", "reload", "golden", "device"])
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "frameworks")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if options.what == "golden":
         golden()
+    elif options.what == "device":
+        on_device(options.device)
     else:
         {"quantize": quantize, "show": show, "reload": reload}[options.what](options.folder)
 
