@@ -72,7 +72,8 @@ def read_plain(path: Path) -> Any:
     try:
         # Mapping keeps a 7 GB file out of memory; files older than torch 1.6 are no archive. What torch
         # warns of in a file (its pickle protocol, say) either loads as tensors or is an error below.
-        with warnings.catch_warnings():
+        # A slice is plain data; ModelOpt's quantizers in blocks keep some.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([slice]):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

@@ -599,7 +599,7 @@ def _add_sharing(verbs: Any, common: argparse.ArgumentParser) -> None:
     convert = verbs.add_parser(
         "convert",
         parents=[common],
-        help="write a checkpoint of Q-Diffusion or PTQD as a folder that says all of itself",
+        help="write a checkpoint of any known format as a folder that says all of itself",
     )
     convert.add_argument("checkpoint", type=Path)
     convert.add_argument(

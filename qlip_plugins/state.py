@@ -240,7 +240,8 @@ class CalibratedState:
                 )
         if self.float_parameters:
             known = {*self.float_parameters, *(f"{name}.weight" for name in self.layers)}
-            missing = [name for name in theirs if name not in known]
+            # What another framework keeps inside a layer is its own.
+            missing = [name for name in theirs if name not in known and not self._is_inside(name)]
             problems += [f"{name} {theirs[name]} is in the model, not in the checkpoint" for name in missing]
         modules = dict(denoiser.named_modules())
         for name, layer in self.layers.items():
@@ -274,7 +275,8 @@ class CalibratedState:
             name, what = next(iter(self.left.items()))
             raise IncompatibleModelError(
                 f"{self.source}: {len(self.left)} quantizers that only its own framework can run ({name}: {what}). Put "
-                f"its model into the pipeline and give `backend: {self.format}`, or switch them off before calibrating"
+                f"its model into the pipeline, leave the checkpoint out and give `backend: {self.format}`, or switch "
+                "them off (docs/modelopt.md has ModelOpt's line for it)"
             )
 
     def check_plain(self, denoiser: nn.Module) -> None:
@@ -290,8 +292,17 @@ class CalibratedState:
                 raise IncompatibleModelError(
                     f"{name}: it is a {type(module).__name__} with a {type(inside).__name__} of {framework} inside, "
                     "and a denoiser in full precision is needed. Give the float pipeline (and the quantized one as a "
-                    "file, `base.checkpoint`), or apply the recipe with that framework's backend"
+                    "file, `base.checkpoint`), or `backend: {framework}` to a recipe that is applied to this model"
                 )
+
+    def _is_inside(self, name: str) -> bool:
+        """Whether a parameter lies deeper than a quantized layer's own."""
+        path = name.rpartition(".")[0]
+        while path:
+            path = path.rpartition(".")[0]
+            if path in self.layers:
+                return True
+        return False
 
     def check_same_weights(self, denoiser: nn.Module) -> None:
         """Check that a denoiser holds the weights the checkpoint was calibrated on, up to half-precision rounding.

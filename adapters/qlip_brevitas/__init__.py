@@ -50,9 +50,12 @@ class Brevitas:
         if config.checkpoint is not None:
             return None
         self.check_host()
+        from .checkpoints import check_fingerprint
         from .models import read
 
-        return read(denoiser)
+        state = read(denoiser)
+        check_fingerprint(state, config)
+        return state
 
 
 class BrevitasBackend:

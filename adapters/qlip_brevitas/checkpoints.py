@@ -49,13 +49,22 @@ def load(config: BrevitasConfig) -> CalibratedState:
     )
     floats = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
     state = state_of(layers, floats, {}, str(config.checkpoint))
+    check_fingerprint(state, config)
+    return state
+
+
+def check_fingerprint(state: CalibratedState, config: BrevitasConfig) -> None:
+    """Compare with the one that a recipe names.
+
+    Raises:
+        ArtefactError: it is another.
+    """
     if config.fingerprint is not None and not state.fingerprint.startswith(config.fingerprint):
         raise ArtefactError(
-            f"{config.checkpoint}: with these options it has the fingerprint {state.fingerprint[:12]}..., "
-            f"base.fingerprint is {config.fingerprint[:12]}...: the widths or the quantizers are not those it was "
-            "saved with"
+            f"{state.source}: it has the fingerprint {state.fingerprint[:12]}..., base.fingerprint is "
+            f"{config.fingerprint[:12]}...: widths or quantizers are not those it was saved with, or some layers "
+            "have no input's scale in the file (weights alone quantized, or never calibrated)"
         )
-    return state
 
 
 def inspect(path: Path) -> Inspection:

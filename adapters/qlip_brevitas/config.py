@@ -36,10 +36,13 @@ class BrevitasConfig(AdapterConfig):
     @model_validator(mode="after")
     def _widths_of_a_file(self) -> Self:
         given = [self.weight_bits, self.activation_bits]
+        named = {"weight_quant", "input_quant"} & self.model_fields_set
         if self.checkpoint is not None and None in given:
             raise ValueError(
                 "a state dict of brevitas does not hold its widths: give weight_bits and activation_bits"
             )
-        if self.checkpoint is None and given != [None, None]:
-            raise ValueError("without a checkpoint the model says its widths itself: leave the others out")
+        if self.checkpoint is None and (given != [None, None] or named):
+            raise ValueError(
+                "without a checkpoint the model says its widths and quantizers itself: leave them out"
+            )
         return self

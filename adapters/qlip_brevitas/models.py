@@ -15,8 +15,9 @@ def read(denoiser: nn.Module) -> CalibratedState:
     kind = type(denoiser).__name__
     if not is_quantized(denoiser):
         raise IncompatibleModelError(
-            f"the pipeline's {kind} has no layers of brevitas: call layerwise_quantize on it and calibrate it first "
-            "(what from_pretrained gives has lost them), or name a saved state dict, `base: {adapter: brevitas, "
+            f"the pipeline's {kind} has no layers of brevitas, and base.checkpoint names no file: in Python, call "
+            "layerwise_quantize on it and calibrate it first (what from_pretrained gives has lost them); on the "
+            "command line, which loads the float pipeline, name a saved state dict, `base: {adapter: brevitas, "
             "checkpoint: FILE, weight_bits: 4, activation_bits: 8}`"
         )
     for name, module in denoiser.named_modules():

@@ -23,8 +23,9 @@ def read(denoiser: nn.Module) -> CalibratedState:
     kind = type(denoiser).__name__
     if not quantizers:
         raise IncompatibleModelError(
-            f"the pipeline's {kind} has no quantizers of ModelOpt: call mtq.quantize (or mto.restore) on it first, or "
-            "name a saved model, `base: {adapter: modelopt, checkpoint: FILE}`"
+            f"the pipeline's {kind} has no quantizers of ModelOpt, and base.checkpoint names no file: in Python, call "
+            "mtq.quantize (or mto.restore) on it first; on the command line, which loads the float pipeline, name what "
+            "mto.save wrote, `base: {adapter: modelopt, checkpoint: FILE}`"
         )
     calibrating = [name for name, module in quantizers.items() if getattr(module, "_if_calib", False)]
     if calibrating:

@@ -132,8 +132,9 @@ def _check_integer(model: Quantized, name: str, quantizer: Mapping[str, Any]) ->
     )
     if reason:
         raise IncompatibleModelError(
-            f"{model.source}: {name} is {reason}. Widths can be chosen where integers are: quantize with integer "
-            '`num_bits`, such as {"num_bits": 8, "axis": None} for "*input_quantizer"'
+            f"{model.source}: {name} is {reason}. Taken are integers with one range a tensor for inputs, one an output "
+            'channel for weights: "*input_quantizer": {"num_bits": 8, "axis": None}, '
+            '"*weight_quantizer": {"num_bits": 4, "axis": 0}'
         )
     bits = quantizer["_num_bits"]
     if not 2 <= bits <= 24:

@@ -153,7 +153,7 @@ def test_quantized_outputs_stay_and_are_told_of(
 def test_options_of_a_file() -> None:
     with pytest.raises(ValidationError, match="give weight_bits and activation_bits"):
         Adapter.config_class(checkpoint=Path("unet.pth"))
-    with pytest.raises(ValidationError, match="the model says its widths itself"):
+    with pytest.raises(ValidationError, match="the model says its widths and quantizers itself"):
         Adapter.config_class(weight_bits=4)
     with pytest.raises(ArtefactError, match="none is named"):
         Adapter.load(Adapter.config_class())
@@ -255,3 +255,29 @@ def test_other_zero_points_under_a_recipe(model: GoldenModel, calibrate: Callabl
             parameter.data.mul_(0.3)
     with pytest.raises(IncompatibleModelError, match="its zero point"):
         handles.verify()
+
+
+def test_the_fingerprint_of_a_model_in_memory_is_compared(
+    model: GoldenModel, calibrate: Callable[[nn.Module], None]
+) -> None:
+    quantized = by_brevitas(model.unet(), calibrate)
+    named = Adapter.config_class(fingerprint=read(quantized).fingerprint[:12])
+    assert Adapter.read(named, quantized).fingerprint.startswith(named.fingerprint)
+    with pytest.raises(ArtefactError, match=r"base\.fingerprint is 0123456789ab"):
+        Adapter.read(Adapter.config_class(fingerprint="0123456789abcdef"), quantized)
+
+
+def test_a_file_beside_its_own_model(
+    model: GoldenModel, calibrate: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    """The pipeline holds the quantized model already: the state fits it, and its own quantizers run."""
+    quantized = by_brevitas(model.unet(), calibrate)
+    torch.save(quantized.state_dict(), tmp_path / "unet.pth")
+    options = {"checkpoint": tmp_path / "unet.pth", "weight_bits": 4, "activation_bits": 8}
+    state = Adapter.load(Adapter.config_class(**options))
+    state.check_fits(quantized)
+    state.check_same_weights(quantized)
+    expected = quantized(**model.call(5)).sample
+    handles = load_backend("brevitas").install(quantized, state)
+    assert torch.equal(quantized(**model.call(5)).sample, expected)
+    handles.remove()

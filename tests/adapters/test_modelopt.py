@@ -404,3 +404,14 @@ def test_folded_weights_in_half_precision(
     found = read(quantized.to(kind))
     for name, layer in state.layers.items():
         assert torch.equal(found.layers[name].weight[0].codes, layer.weight[0].codes), name
+
+
+def test_a_file_with_weights_in_blocks_is_refused_for_that(
+    model: GoldenModel, calibrate: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    """Such a file holds slices, which are read without ModelOpt, too."""
+    import modelopt.torch.opt as mto
+
+    mto.save(by_modelopt(model.unet(), calibrate, preset("INT4_AWQ_CFG")), tmp_path / "unet.pth")
+    with pytest.raises(IncompatibleModelError, match="it quantizes weights alone"):
+        Adapter.load(Adapter.config_class(checkpoint=tmp_path / "unet.pth"))
