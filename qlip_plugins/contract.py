@@ -38,6 +38,12 @@ ROUNDING_TOLERANCE = 5e-3
 the other side."""
 
 
+@torch.no_grad()
+def _call(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    out: Tensor = denoiser(**inputs, return_dict=False)[0]
+    return out
+
+
 @dataclass(frozen=True)
 class BackendCase:
     """One backend on one model.
@@ -67,9 +73,7 @@ class BackendCase:
 
     def run(self, denoiser: nn.Module) -> Tensor:
         """One call of the denoiser."""
-        with torch.no_grad():
-            out: Tensor = denoiser(**self.inputs, return_dict=False)[0]
-        return out
+        return _call(denoiser, self.inputs)
 
     @contextmanager
     def installed(self, state: CalibratedState | None = None) -> Iterator[tuple[nn.Module, Installed]]:
@@ -503,9 +507,7 @@ class ModelReaderCase:
 
     def run(self, denoiser: nn.Module) -> Tensor:
         """One call of the denoiser."""
-        with torch.no_grad():
-            out: Tensor = denoiser(**self.inputs, return_dict=False)[0]
-        return out
+        return _call(denoiser, self.inputs)
 
     @contextmanager
     def installed(self) -> Iterator[tuple[nn.Module, Installed]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .adapter import GROUPS, NeedsHost, installed
 from .errors import EVALUATION_HINT, INSTALL_HINT, HostError
-from .host import install_hint, release
+from .host import Host, OnHost, install_hint, release
 
 # Distribution -> the oldest release the package supports (pyproject.toml's floors).
 _PACKAGES = {
@@ -29,13 +29,6 @@ _EVALUATION = {
     "efficientnet-lite-pytorch": "0.1",
 }
 
-# Frameworks whose models and quantizers can be used: distribution -> its floor, and the extra that installs it.
-_FRAMEWORKS = {
-    "brevitas": ("0.13.1", "brevitas"),
-    "nvidia-modelopt": ("0.44", "modelopt"),
-    "onnx": ("1.17", "modelopt"),
-}
-
 
 def diagnose() -> dict[str, Any]:
     """Versions, adapters and the device, as plain data; `ok` is false when something cannot be used.
@@ -45,10 +38,11 @@ def diagnose() -> dict[str, Any]:
     """
     packages = {name: _package(name, floor, INSTALL_HINT) for name, floor in _PACKAGES.items()}
     runnable = packages["torch"]["usable"] and packages["diffusers"]["usable"]
+    loaded = {group: {name: _Loaded(entry) for name, entry in installed(group).items()} for group in GROUPS}
     adapters = {
-        group: {name: _adapter(entry, runnable) for name, entry in installed(group).items()}
-        for group in GROUPS
+        group: {name: one.state(runnable) for name, one in found.items()} for group, found in loaded.items()
     }
+    hosts = {one.host for found in loaded.values() for one in found.values() if one.host is not None}
     found = [*packages.values(), *(state for group in adapters.values() for state in group.values())]
     return {
         "ok": all(item["usable"] or item.get("optional", False) for item in found),
@@ -58,7 +52,8 @@ def diagnose() -> dict[str, Any]:
         "packages": packages,
         "evaluation": {name: _package(name, floor, EVALUATION_HINT) for name, floor in _EVALUATION.items()},
         "frameworks": {
-            name: _package(name, floor, install_hint(extra)) for name, (floor, extra) in _FRAMEWORKS.items()
+            host.distribution: _package(host.distribution, host.floor, install_hint(host.extra))
+            for host in sorted(hosts, key=lambda host: host.distribution)
         },
         "adapters": adapters,
         "device": _device() if packages["torch"]["usable"] else "none: torch is not usable",
@@ -79,17 +74,35 @@ def _package(name: str, floor: str, hint: str) -> dict[str, Any]:
     return {"usable": True, "version": version, "why": ""}
 
 
-def _adapter(entry: metadata.EntryPoint, runnable: bool) -> dict[str, Any]:
-    try:
-        adapter = entry.load()
-        if isinstance(adapter, NeedsHost):
-            adapter.check_host()
-    except HostError as error:
-        return {"usable": False, "optional": True, "from": entry.value, "why": str(error)}
-    except Exception as error:  # an outsider's adapter may fail in any way, and that is the answer
-        return {"usable": False, "from": entry.value, "why": f"{type(error).__name__}: {error}"}
-    why = "" if runnable else "checks recipes, but runs only with torch and diffusers"
-    return {"usable": runnable, "from": entry.value, "why": why}
+class _Loaded:
+    """An adapter, or why it cannot be imported."""
+
+    def __init__(self, entry: metadata.EntryPoint) -> None:
+        self._entry = entry
+        self._adapter: Any = None
+        self._broken = ""
+        try:
+            self._adapter = entry.load()
+        except Exception as error:  # an outsider's adapter may fail in any way, and that is the answer
+            self._broken = f"{type(error).__name__}: {error}"
+
+    @property
+    def host(self) -> Host | None:
+        """The framework that it is for."""
+        return self._adapter.host if isinstance(self._adapter, OnHost) else None
+
+    def state(self, runnable: bool) -> dict[str, Any]:
+        """Whether it can be used; `runnable` says that a model can be run at all."""
+        source = self._entry.value
+        if self._broken:
+            return {"usable": False, "from": source, "why": self._broken}
+        try:
+            if isinstance(self._adapter, NeedsHost):
+                self._adapter.check_host()
+        except HostError as error:
+            return {"usable": False, "optional": True, "from": source, "why": str(error)}
+        why = "" if runnable else "checks recipes, but runs only with torch and diffusers"
+        return {"usable": runnable, "from": source, "why": why}
 
 
 def _device() -> str:
@@ -111,7 +124,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines.append("label, train, evaluate, compare: extra `evaluation`")
     for name, state in found["evaluation"].items():
         lines.append(f"  {_mark(state)} {name} {state['version'] or ''} {state['why']}".rstrip())
-    lines.append("models and backends of other frameworks: extras `brevitas`, `modelopt`")
+    lines.append("models and backends of other frameworks")
     for name, state in found["frameworks"].items():
         lines.append(f"  {_mark(state)} {name} {state['version'] or ''} {state['why']}".rstrip())
     for group, adapters in found["adapters"].items():

@@ -276,7 +276,7 @@ class CalibratedState:
             raise IncompatibleModelError(
                 f"{self.source}: {len(self.left)} quantizers that only its own framework can run ({name}: {what}). Put "
                 f"its model into the pipeline, leave the checkpoint out and give `backend: {self.format}`, or switch "
-                "them off (docs/modelopt.md has ModelOpt's line for it)"
+                "them off before it is saved"
             )
 
     def check_plain(self, denoiser: nn.Module) -> None:

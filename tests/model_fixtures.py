@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from golden_model import CASES, GoldenModel
@@ -23,6 +23,18 @@ from qlip_plugins.state import CalibratedState
 @pytest.fixture(scope="session")
 def model(golden: Path) -> GoldenModel:
     return GoldenModel(golden)
+
+
+@pytest.fixture
+def calibrate(model: GoldenModel) -> Callable[[nn.Module], None]:
+    """Shows the golden UNet's recorded inputs to a copy that some framework calibrates."""
+
+    @torch.no_grad()
+    def run(unet: nn.Module) -> None:
+        for index in range(2):
+            unet(**model.call(index))
+
+    return run
 
 
 @pytest.fixture(scope="session")

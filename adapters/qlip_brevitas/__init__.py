@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qlip_plugins.adapter import Inspection
+from qlip_plugins.host import Host, OnHost
 
 from .config import BrevitasConfig
 
@@ -22,22 +23,21 @@ if TYPE_CHECKING:
 __all__ = ["Brevitas", "BrevitasBackend", "BrevitasConfig", "adapter", "backend"]
 
 
-class Brevitas:
+# earlier ones do not work with a torch that this package supports
+HOST = Host("brevitas", "0.13.1", "brevitas")
+
+
+class Brevitas(OnHost):
     """Reads the state dict of a brevitas model, or a model that brevitas has quantized."""
 
     config_class: ClassVar[type[BrevitasConfig]] = BrevitasConfig
-
-    def check_host(self) -> None:
-        """See `qlip_plugins.adapter.NeedsHost.check_host`."""
-        from .host import check
-
-        check()
+    host: ClassVar[Host] = HOST
 
     def load(self, config: BrevitasConfig) -> CalibratedState:
         """See `qlip_plugins.adapter.BaseQuantizer.load`."""
         from .checkpoints import load
 
-        return load(config)
+        return load(config, self.check_host)
 
     def inspect(self, path: Path) -> Inspection:
         """See `qlip_plugins.adapter.BaseQuantizer.inspect`; needs no brevitas."""
@@ -58,16 +58,11 @@ class Brevitas:
         return state
 
 
-class BrevitasBackend:
+class BrevitasBackend(OnHost):
     """Runs activation quantizers by brevitas; the numbers are simulated, not fast."""
 
     exact: ClassVar[bool] = False
-
-    def check_host(self) -> None:
-        """See `qlip_plugins.adapter.NeedsHost.check_host`."""
-        from .host import check
-
-        check()
+    host: ClassVar[Host] = HOST
 
     def install(
         self, denoiser: torch.nn.Module, state: CalibratedState, ranges: Ranges | None = None

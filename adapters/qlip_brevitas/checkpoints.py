@@ -27,8 +27,8 @@ _INPUT = ".input_quant."
 _ZERO_POINT = "zero_point_impl.value"
 
 
-def load(config: BrevitasConfig) -> CalibratedState:
-    """See `qlip_plugins.adapter.BaseQuantizer.load`."""
+def load(config: BrevitasConfig, check_host: Callable[[], None]) -> CalibratedState:
+    """See `qlip_plugins.adapter.BaseQuantizer.load`; brevitas is asked for once there is a file to read."""
     if config.checkpoint is None:
         raise ArtefactError(
             "base.checkpoint: none is named, so the base is the model in a pipeline that brevitas has quantized: apply "
@@ -36,9 +36,7 @@ def load(config: BrevitasConfig) -> CalibratedState:
             "torch.save(unet.state_dict(), FILE)"
         )
     tensors = _read(config.checkpoint)
-    from .host import check
-
-    check()
+    check_host()
     from .reading import state_of
 
     names = _layers(tensors)

@@ -1,9 +1,4 @@
-"""Activation quantizers of brevitas under a controller.
-
-Its `IntQuant` takes scale, zero point and width as tensors, with a value for each row if need be. What is chosen
-goes into these; brevitas's own width and range are never written to, so that they are there when the model is saved,
-and a state dict that rebuilds its quantizers takes nothing of ours away: they are looked up at each call.
-"""
+"""Activation quantizers of brevitas under a controller."""
 
 from __future__ import annotations
 
@@ -23,65 +18,17 @@ from qlip_plugins.adapter import Installed
 from qlip_plugins.errors import IncompatibleModelError
 from qlip_plugins.grids import ActGrid, Ranges
 from qlip_plugins.state import CalibratedLayer, CalibratedState
-from qlip_torch.install import InstalledTorch
+from qlip_torch.framework import InstalledInPlace, InstalledOnFramework
 from qlip_torch.install import install as install_torch
-from qlip_torch.quantizer import TorchActQuantizer
 
 from .models import read
-from .reading import is_quantized, proxy_of
-
-_OPERANDS = "attention operands: brevitas has no quantizers inside diffusers' attention"
-_SPLIT = "a split input: brevitas has one quantizer for it, the checkpoint two"
+from .quantizer import BrevitasActQuantizer, Choose
+from .reading import is_quantized
 
 
-class BrevitasActQuantizer(TorchActQuantizer):
-    """An activation quantizer whose rounding is brevitas's; see `qlip_plugins.adapter.ActQuantizer`.
-
-    `own` says that brevitas calibrated it, so that the base width is whatever brevitas makes of it. Otherwise its
-    scale is ours, a buffer that half precision would round, and the grid's float32 counts.
-    """
-
-    def __init__(self, name: str, base: ActGrid, ranges: Ranges, own: bool) -> None:
-        super().__init__(name, base, ranges)
-        self._own = own
-        self._host: Any = None
-
-    def run(self, x: Tensor, host: Any) -> Tensor:
-        """Quantize `x` at the selected widths by `host`, a `FusedActivationQuantProxy`."""
-        self._host = host
-        try:
-            return self(x)
-        finally:
-            self._host = None
-
-    def _quantized(self, x: Tensor, widths: tuple[int, ...]) -> Tensor:
-        if self._own and widths == (self.base_bits,):
-            own: Tensor = self._host(x)[0]
-            return own
-        table = self._table(widths, x)
-        scale, zero_point, low_code, high_code = table.values
-        int_quant = self._host.tensor_quant.int_quant
-        codes = high_code - low_code + 1
-        bits = codes.log2().ceil()
-        # A signed quantizer has its codes around 0, and may leave out the lowest: ours are moved there.
-        lowest = 2 ** (bits - 1) - codes if int_quant.signed else torch.zeros_like(bits)
-        out: Tensor = int_quant(scale, zero_point - low_code + lowest, bits, x.float()).to(x.dtype)
-        return out if table.kept is None else torch.where(table.kept, x, out)
-
-
-class _Choose:
-    """A proxy's forward hook: our choice in place of its output. A copy of the model gets one of its own."""
-
-    def __init__(self, quantizer: BrevitasActQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def __call__(self, proxy: Any, args: tuple[Any, ...], out: Any) -> Tensor:
-        return self.quantizer.run(args[0], proxy.fused_activation_quant_proxy)
-
-
-def _take(proxy: Any, quantizer: BrevitasActQuantizer) -> tuple[_Choose, Callable[[], None]]:
+def _take(proxy: Any, quantizer: BrevitasActQuantizer) -> tuple[Choose, Callable[[], None]]:
     """Let a quantizer of ours choose for one of brevitas's; gives what undoes it, too."""
-    hook = _Choose(quantizer)
+    hook = Choose(quantizer)
     handle = proxy.register_forward_hook(hook)
     before = proxy.disable_quant
     proxy.disable_quant = True
@@ -93,7 +40,7 @@ def _take(proxy: Any, quantizer: BrevitasActQuantizer) -> tuple[_Choose, Callabl
     return hook, give_back
 
 
-def _check_taken(name: str, proxy: Any, hook: _Choose) -> None:
+def _check_taken(name: str, proxy: Any, hook: Choose) -> None:
     if hook not in proxy._forward_hooks.values() or not proxy.disable_quant:
         raise IncompatibleModelError(f"{name}: its activation quantizer has been taken out")
     if proxy.export_mode:
@@ -103,12 +50,14 @@ def _check_taken(name: str, proxy: Any, hook: _Choose) -> None:
         )
 
 
-class InstalledBrevitas(InstalledTorch):
+class InstalledBrevitas(InstalledOnFramework):
     """A calibrated state on a float denoiser, with layers of brevitas in place of its own."""
+
+    operands = "attention operands: brevitas has no quantizers inside diffusers' attention"
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__(denoiser)
-        self._taken: list[tuple[str, nn.Module, _Choose]] = []
+        self._taken: list[tuple[str, Any, Choose]] = []
 
     def verify(self) -> None:
         """See `Installed.verify`."""
@@ -116,43 +65,31 @@ class InstalledBrevitas(InstalledTorch):
         for name, module, hook in self._taken:
             if self._denoiser.get_submodule(name) is not module:
                 raise IncompatibleModelError(f"{name}: its layer has been replaced")
-            _check_taken(name, proxy_of(module), hook)
+            _check_taken(name, module.input_quant, hook)
 
-    def _quantize_input(
-        self, name: str, module: nn.Module, layer: CalibratedLayer, ranges: Ranges
-    ) -> nn.Module:
-        reason = _cannot_express(name, layer, ranges)
-        if reason or not layer.inputs:
-            before = set(self._quantizers)
-            module = super()._quantize_input(name, module, layer, ranges)
-            self.not_expressed |= dict.fromkeys(set(self._quantizers) - before, reason)
-            return module
-        made = _layer_of_brevitas(module, layer.inputs[0])
+    def cannot_express(self, name: str, layer: CalibratedLayer, ranges: Ranges) -> str:
+        """See `InstalledOnFramework.cannot_express`."""
+        if layer.split is not None:
+            return "a split input: brevitas has one quantizer for it, the checkpoint two"
+        if any(grid.scale <= 0 for grid in (*layer.inputs, *ranges.fitted.get(name, {}).values())):
+            return "a step that training drove below zero: brevitas's scales are above"
+        return ""
+
+    def place(self, name: str, module: nn.Module, layer: CalibratedLayer, ranges: Ranges) -> nn.Module:
+        """See `InstalledOnFramework.place`."""
+        made: Any = _layer_of_brevitas(module, layer.inputs[0])
         self._smooth(made, layer)
         parent, _, last = name.rpartition(".")
         holder = self._denoiser.get_submodule(parent)
         setattr(holder, last, made)
         self._undo.append(lambda: setattr(holder, last, module))
         quantizer = BrevitasActQuantizer(name, layer.inputs[0], ranges, own=False)
-        hook, give_back = _take(proxy_of(made), quantizer)
+        hook, give_back = _take(made.input_quant, quantizer)
         self._undo.append(give_back)
         self._quantizers[name] = quantizer
         self._taken.append((name, made, hook))
-        return made
-
-    def add_attention(self, name: str, state: CalibratedState, ranges: Ranges) -> None:
-        """See `InstalledTorch.add_attention`."""
-        before = set(self._quantizers)
-        super().add_attention(name, state, ranges)
-        self.not_expressed |= dict.fromkeys(set(self._quantizers) - before, _OPERANDS)
-
-
-def _cannot_express(name: str, layer: CalibratedLayer, ranges: Ranges) -> str:
-    if layer.split is not None:
-        return _SPLIT
-    if any(grid.scale <= 0 for grid in (*layer.inputs, *ranges.fitted.get(name, {}).values())):
-        return "a step that training drove below zero: brevitas's scales are above"
-    return ""
+        placed: nn.Module = made
+        return placed
 
 
 def _layer_of_brevitas(module: Any, grid: ActGrid) -> nn.Module:
@@ -212,29 +149,23 @@ def _injector(grid: ActGrid) -> type[ExtendedInjector]:
     return type("Grid", (ExtendedInjector,), parts)
 
 
-class InstalledLive(Installed):
-    """A controller on a model that brevitas itself has quantized: its weights and ranges stay its own."""
+class InstalledBrevitasModel(InstalledInPlace):
+    """A controller on a model that brevitas itself has quantized."""
 
     def __init__(self, state: CalibratedState) -> None:
-        super().__init__({})
-        self._state = state
-        self._hosts: list[tuple[str, Any, _Choose]] = []
-        self._undo: list[Callable[[], None]] = []
+        super().__init__(state)
+        self._hosts: list[tuple[str, Any, Choose]] = []
 
     def take(self, denoiser: nn.Module, ranges: Ranges) -> None:
-        """Put handles on the model's quantizers."""
+        """See `InstalledInPlace.take`."""
         for name, grid in self._state.activations.items():
             quantizer = BrevitasActQuantizer(name, grid, ranges, own=True)
-            proxy = proxy_of(denoiser.get_submodule(name))
+            layer: Any = denoiser.get_submodule(name)
+            proxy = layer.input_quant
             hook, give_back = _take(proxy, quantizer)
             self._undo.append(give_back)
             self._hosts.append((name, proxy, hook))
             self._quantizers[name] = quantizer
-
-    def remove(self) -> None:
-        """See `Installed.remove`."""
-        while self._undo:
-            self._undo.pop()()
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -261,27 +192,4 @@ def install(denoiser: nn.Module, state: CalibratedState, ranges: Ranges | None) 
     """See `qlip_plugins.adapter.Backend.install`."""
     if not is_quantized(denoiser):
         return install_torch(denoiser, state, ranges, InstalledBrevitas)
-    _refuse_second(denoiser)
-    own = read(denoiser)
-    if own.fingerprint != state.fingerprint:
-        raise IncompatibleModelError(
-            f"{state.source}: the {type(denoiser).__name__} has layers of brevitas, and their quantizers are not this "
-            f"base's ({own.fingerprint[:12]}..., the base is {state.fingerprint[:12]}...). Give the float pipeline, or "
-            "`base: {adapter: brevitas}` without a checkpoint for the quantizers that are there"
-        )
-    installed = InstalledLive(state)
-    try:
-        installed.take(denoiser, ranges or Ranges())
-    except BaseException:
-        installed.remove()
-        raise
-    return installed
-
-
-def _refuse_second(denoiser: nn.Module) -> None:
-    for name, module in denoiser.named_modules():
-        if any(isinstance(hook, _Choose) for hook in module._forward_hooks.values()):
-            raise IncompatibleModelError(
-                f"{name}: a recipe's quantizers are installed on this {type(denoiser).__name__} already: remove them "
-                "first"
-            )
+    return InstalledBrevitasModel.install(denoiser, state, read(denoiser), ranges)

@@ -7,6 +7,7 @@ from torch import nn
 from qlip_plugins.errors import IncompatibleModelError
 from qlip_plugins.state import CalibratedState
 
+from .quantizer import Choose
 from .reading import LAYERS, floats_of, is_quantized, left_of, state_of
 
 
@@ -21,7 +22,7 @@ def read(denoiser: nn.Module) -> CalibratedState:
             "checkpoint: FILE, weight_bits: 4, activation_bits: 8}`"
         )
     for name, module in denoiser.named_modules():
-        if any(type(hook).__module__ == f"{__package__}.install" for hook in module._forward_hooks.values()):
+        if any(isinstance(hook, Choose) for hook in module._forward_hooks.values()):
             raise IncompatibleModelError(
                 f"{name}: a recipe is applied to this {kind}: remove its controller first"
             )

@@ -30,11 +30,6 @@ def is_quantized(module: nn.Module) -> bool:
     return any(isinstance(part, LAYERS) for part in module.modules())
 
 
-def proxy_of(module: Any) -> Any:
-    """The quantizer of a layer's input."""
-    return module.input_quant
-
-
 @torch.no_grad()
 def state_of(
     layers: Mapping[str, Any], floats: Mapping[str, Tensor], left: Mapping[str, str], source: str
@@ -68,7 +63,7 @@ def state_of(
 
 
 def _layer(name: str, module: Any) -> CalibratedLayer | None:
-    entry, weight = proxy_of(module), module.weight_quant
+    entry, weight = module.input_quant, module.weight_quant
     if not entry.is_quant_enabled and not weight.is_quant_enabled:
         return None
     _check_running(name, module)

@@ -24,39 +24,21 @@ from qlip_plugins.adapter import Installed
 from qlip_plugins.errors import IncompatibleModelError
 from qlip_plugins.grids import ActGrid, Ranges
 from qlip_plugins.state import CalibratedLayer, CalibratedState
-from qlip_torch.install import InstalledTorch
+from qlip_torch.framework import FrameworkActQuantizer, InstalledInPlace, InstalledOnFramework
 from qlip_torch.install import install as install_torch
-from qlip_torch.quantizer import TorchActQuantizer
 
-from .models import is_quantized, read
+from .models import BACKEND_NAME, is_quantized, read
 from .reading import INPUT, TINY
 
-BACKEND_NAME = "qlip"
 _SKIPPED = "_skip_properties_for_save_restore"
-_OPERANDS = "attention operands: ModelOpt's attention has no backward pass (its issue 226)"
-_SPLIT = "a split input: ModelOpt has one quantizer for it, the checkpoint two"
 
 
-class ModelOptActQuantizer(TorchActQuantizer):
-    """An activation quantizer whose rounding is ModelOpt's; see `qlip_plugins.adapter.ActQuantizer`.
-
-    `own` says that ModelOpt calibrated it, so that the base width is whatever ModelOpt makes of it. Otherwise its
-    amax is ours, a buffer that half precision would round, and the grid's float32 counts.
-    """
+class ModelOptActQuantizer(FrameworkActQuantizer):
+    """An activation quantizer whose rounding is ModelOpt's; its host is a `TensorQuantizer`, which smooths before."""
 
     def __init__(self, name: str, base: ActGrid, ranges: Ranges, own: bool) -> None:
-        super().__init__(name, base, ranges)
-        self._own = own
-        self._host: TensorQuantizer | None = None
+        super().__init__(name, base, ranges, own)
         self._scalars: dict[tuple[int, torch.device], tuple[Tensor, Tensor | None, bool]] = {}
-
-    def run(self, x: Tensor, host: TensorQuantizer) -> Tensor:
-        """Quantize `x`, which `host` has smoothed, at the selected widths."""
-        self._host = host
-        try:
-            return self(x)
-        finally:
-            self._host = None
 
     def _quantized(self, x: Tensor, widths: tuple[int, ...]) -> Tensor:
         if len(widths) == 1:
@@ -69,7 +51,6 @@ class ModelOptActQuantizer(TorchActQuantizer):
         return out
 
     def _at(self, x: Tensor, width: int) -> Tensor:
-        assert self._host is not None  # `run` has set it
         if self._own and width == self.base_bits:
             return _by_itself(self._host, x)
         grid = self._grids.grid(width)
@@ -143,8 +124,10 @@ def _take(host: TensorQuantizer, quantizer: ModelOptActQuantizer) -> Callable[[]
     return give_back
 
 
-class InstalledModelOpt(InstalledTorch):
+class InstalledModelOpt(InstalledOnFramework):
     """A calibrated state on a float denoiser whose layers have become ModelOpt's."""
+
+    operands = "attention operands: ModelOpt's attention has no backward pass (its issue 226)"
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__(denoiser)
@@ -156,44 +139,35 @@ class InstalledModelOpt(InstalledTorch):
         for name, module, quantizer in self._taken:
             _check_taken(name, getattr(module, INPUT, None), quantizer)
 
-    def _quantize_input(
-        self, name: str, module: nn.Module, layer: CalibratedLayer, ranges: Ranges
-    ) -> nn.Module:
-        reason = _cannot_express(name, layer, ranges)
-        if reason:
-            before = set(self._quantizers)
-            module = super()._quantize_input(name, module, layer, ranges)
-            self.not_expressed |= dict.fromkeys(set(self._quantizers) - before, reason)
-            return module
+    def cannot_express(self, name: str, layer: CalibratedLayer, ranges: Ranges) -> str:
+        """See `InstalledOnFramework.cannot_express`."""
+        if layer.split is not None:
+            return "a split input: ModelOpt has one quantizer for it, the checkpoint two"
+        grids = [*layer.inputs, *ranges.fitted.get(name, {}).values()]
+        if any(grid.scale * (2 ** (grid.bits - 1) - 1) <= TINY for grid in grids):
+            return "a step that training drove below zero or next to it: ModelOpt rounds all of that to 0"
+        return ""
+
+    def place(self, name: str, module: nn.Module, layer: CalibratedLayer, ranges: Ranges) -> nn.Module:
+        """See `InstalledOnFramework.place`."""
         self._undo.append(lambda: _export(module))
         converted: Any = QuantModuleRegistry.convert(module)
         converted.weight_quantizer.disable()  # the weight is on its grid already
-        if not layer.inputs:
-            converted.input_quantizer.disable()
-        else:
-            quantizer = ModelOptActQuantizer(name, layer.inputs[0], ranges, own=False)
-            _configure(converted.input_quantizer, layer.inputs[0])
-            self._undo.append(_take(converted.input_quantizer, quantizer))
-            self._quantizers[name] = quantizer
-            self._taken.append((name, converted, quantizer))
+        host = converted.input_quantizer
+        quantizer = ModelOptActQuantizer(name, layer.inputs[0], ranges, own=False)
+        _configure(host, layer.inputs[0])
+        self._undo.append(_take(host, quantizer))
+        self._quantizers[name] = quantizer
+        self._taken.append((name, converted, quantizer))
         if layer.low_rank is not None:
             self._smooth(converted, layer)  # the branch wants the smoothed input, too
         elif layer.smoothing is not None:
-            factor = layer.smoothing.to(converted.weight.device, converted.weight.dtype)
-            converted.input_quantizer.pre_quant_scale = (
-                factor.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else factor
-            )
+            factor = layer.smoothing.to(converted.weight.dtype)
+            host.pre_quant_scale = factor.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else factor
         # Ranges come from the state: a state dict keeps the keys of the float model.
-        host = converted.input_quantizer
         host._non_persistent_buffers_set |= set(host._buffers)
         host.to(converted.weight.device)
         return module
-
-    def add_attention(self, name: str, state: CalibratedState, ranges: Ranges) -> None:
-        """See `InstalledTorch.add_attention`."""
-        before = set(self._quantizers)
-        super().add_attention(name, state, ranges)
-        self.not_expressed |= dict.fromkeys(set(self._quantizers) - before, _OPERANDS)
 
 
 def _configure(host: TensorQuantizer, grid: ActGrid) -> None:
@@ -214,27 +188,15 @@ def _export(module: Any) -> None:
     vars(module).pop("_parallel_state", None)
 
 
-def _cannot_express(name: str, layer: CalibratedLayer, ranges: Ranges) -> str:
-    """Why ModelOpt's quantizers cannot run a layer's input; empty where they can."""
-    if layer.split is not None:
-        return _SPLIT
-    grids = [*layer.inputs, *ranges.fitted.get(name, {}).values()]
-    if any(grid.scale * (2 ** (grid.bits - 1) - 1) <= TINY for grid in grids):
-        return "a step that training drove below zero or next to it: ModelOpt rounds all of that to 0"
-    return ""
-
-
-class InstalledLive(Installed):
-    """A controller on a model that ModelOpt itself has quantized: its weights and ranges stay its own."""
+class InstalledModelOptModel(InstalledInPlace):
+    """A controller on a model that ModelOpt itself has quantized."""
 
     def __init__(self, state: CalibratedState) -> None:
-        super().__init__({})
-        self._state = state
+        super().__init__(state)
         self._hosts: list[tuple[str, TensorQuantizer, ModelOptActQuantizer]] = []
-        self._undo: list[Callable[[], None]] = []
 
     def take(self, denoiser: nn.Module, ranges: Ranges) -> None:
-        """Put handles on the model's quantizers."""
+        """See `InstalledInPlace.take`."""
         for name, grid in self._state.activations.items():
             host: Any = denoiser.get_submodule(f"{name}.{INPUT}")
             quantizer = ModelOptActQuantizer(name, grid, ranges, own=True)
@@ -243,11 +205,6 @@ class InstalledLive(Installed):
             self._quantizers[name] = quantizer
         for module in _attentions(denoiser):
             self._undo.append(_differentiable(module))
-
-    def remove(self) -> None:
-        """See `Installed.remove`."""
-        while self._undo:
-            self._undo.pop()()
 
     def verify(self) -> None:
         """See `Installed.verify`."""
@@ -319,27 +276,4 @@ def install(denoiser: nn.Module, state: CalibratedState, ranges: Ranges | None) 
     _register()
     if not is_quantized(denoiser):
         return install_torch(denoiser, state, ranges, InstalledModelOpt)
-    _refuse_second(denoiser)
-    own = read(denoiser)
-    if own.fingerprint != state.fingerprint:
-        raise IncompatibleModelError(
-            f"{state.source}: the {type(denoiser).__name__} has quantizers of ModelOpt, and they are not this base's "
-            f"({own.fingerprint[:12]}..., the base is {state.fingerprint[:12]}...). Give the float pipeline, or "
-            "`base: {adapter: modelopt}` without a checkpoint for the quantizers that are there"
-        )
-    installed = InstalledLive(state)
-    try:
-        installed.take(denoiser, ranges or Ranges())
-    except BaseException:
-        installed.remove()
-        raise
-    return installed
-
-
-def _refuse_second(denoiser: nn.Module) -> None:
-    for name, module in denoiser.named_modules():
-        if isinstance(getattr(module, "_quantizer_cache", None), ModelOptActQuantizer):
-            raise IncompatibleModelError(
-                f"{name}: a recipe's quantizers are installed on this {type(denoiser).__name__} already: remove them "
-                "first"
-            )
+    return InstalledModelOptModel.install(denoiser, state, read(denoiser), ranges)

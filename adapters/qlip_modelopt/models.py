@@ -11,6 +11,9 @@ from qlip_plugins.state import CalibratedState
 
 from .reading import Quantized, state_of
 
+BACKEND_NAME = "qlip"
+"""Under which quantizers ask for this package while a recipe is applied."""
+
 
 def is_quantized(denoiser: nn.Module) -> bool:
     """Whether ModelOpt has put quantizers into a model."""
@@ -26,6 +29,11 @@ def read(denoiser: nn.Module) -> CalibratedState:
             f"the pipeline's {kind} has no quantizers of ModelOpt, and base.checkpoint names no file: in Python, call "
             "mtq.quantize (or mto.restore) on it first; on the command line, which loads the float pipeline, name what "
             "mto.save wrote, `base: {adapter: modelopt, checkpoint: FILE}`"
+        )
+    taken = [name for name, module in quantizers.items() if getattr(module, "backend", None) == BACKEND_NAME]
+    if taken:
+        raise IncompatibleModelError(
+            f"{taken[0]}: a recipe is applied to this {kind}: remove its controller first"
         )
     calibrating = [name for name, module in quantizers.items() if getattr(module, "_if_calib", False)]
     if calibrating:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -21,21 +22,30 @@ from qlip_plugins.state import (
 from .quantizer import TorchActQuantizer
 
 
-class _Smooth:
-    """A layer's forward pre-hook: scales its input's channels; and the low-rank branch beside the layer."""
+class _OnInput(ABC):
+    """A layer's forward pre-hook that changes its input. Copied with the layer."""
 
-    def __init__(self, layer: CalibratedLayer) -> None:
-        self._smoothing, self._low_rank = layer.smoothing, layer.low_rank
-        self._beside: Tensor | None = None
+    @abstractmethod
+    def changed(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the layer is given in place of `x`."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not args:
-            return (self._smoothed(module, kwargs["input"]),), {}
-        return (self._smoothed(module, args[0]), *args[1:]), kwargs
+            return (self.changed(module, kwargs["input"]),), {}
+        return (self.changed(module, args[0]), *args[1:]), kwargs
 
-    def _smoothed(self, module: nn.Module, x: Tensor) -> Tensor:
+
+class _Smooth(_OnInput):
+    """Scales a layer's input, channel by channel; and the low-rank branch beside the layer."""
+
+    def __init__(self, layer: CalibratedLayer) -> None:
+        self._smoothing, self._low_rank = layer.smoothing, layer.low_rank
+        self._beside: Tensor | None = None
+
+    def changed(self, module: nn.Module, x: Tensor) -> Tensor:
+        """See `_OnInput.changed`."""
         if self._smoothing is not None:
             self._smoothing = self._smoothing.to(x.device)  # once: it stays there
             factor = self._smoothing.to(x.dtype)
@@ -52,21 +62,15 @@ class _Smooth:
         return out if beside is None else out + beside
 
 
-class _QuantizeInput:
-    """A layer's forward pre-hook. Copied with the layer, so a deepcopy has quantizers of its own."""
+class _QuantizeInput(_OnInput):
+    """Quantizes a layer's input; a deepcopy has quantizers of its own."""
 
     def __init__(self, parts: tuple[TorchActQuantizer, ...], split: int | None) -> None:
         self.parts = parts
         self.split = split
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not args:
-            return (self._quantized(module, kwargs["input"]),), {}
-        return (self._quantized(module, args[0]), *args[1:]), kwargs
-
-    def _quantized(self, module: nn.Module, x: Tensor) -> Tensor:
+    def changed(self, module: nn.Module, x: Tensor) -> Tensor:
+        """See `_OnInput.changed`."""
         if self.split is None:
             return self.parts[0](x)
         channels = 1 if isinstance(module, nn.Conv2d) else -1

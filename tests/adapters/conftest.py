@@ -1,4 +1,4 @@
 from calibration_fixtures import calibrated
-from model_fixtures import demo_pipe, edited, model, states
+from model_fixtures import calibrate, demo_pipe, edited, model, states
 
-__all__ = ["calibrated", "demo_pipe", "edited", "model", "states"]
+__all__ = ["calibrate", "calibrated", "demo_pipe", "edited", "model", "states"]

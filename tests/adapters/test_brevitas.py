@@ -26,15 +26,6 @@ Adapter: Any = load_base_quantizer("brevitas")
 SHIFTED = "ShiftedUint8ActPerTensorFloat"
 
 
-@pytest.fixture
-def calibrate(model: GoldenModel) -> Callable[[nn.Module], None]:
-    def run(unet: nn.Module) -> None:
-        for index in range(2):
-            unet(**model.call(index))
-
-    return run
-
-
 def read(unet: nn.Module) -> CalibratedState:
     state: CalibratedState = Adapter.read(Adapter.config_class(), unet)
     return state
@@ -52,17 +43,13 @@ def dynamic() -> Any:
     return Int8DynamicActPerTensorFloat
 
 
-def refused(options: Callable[[], dict[str, Any]], message: str) -> tuple[Callable[[], dict[str, Any]], str]:
-    """Made when it is wanted: brevitas may be missing."""
-    return options, message
-
-
-REFUSED = {
-    "quantized bias": refused(lambda: {"bias_quant": quantizer("Int32Bias")}, "bias_quant=None"),
-    "weights alone": refused(lambda: {"input_quant": None}, "it quantizes weights alone"),
-    "quantized tensors": refused(lambda: {"return_quant_tensor": True}, "return_quant_tensor=False"),
-    "inputs alone": refused(lambda: {"weight_quant": None}, "its input is quantized and its weight is not"),
-    "dynamic": refused(
+# Made when they are wanted: the framework may be missing.
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "quantized bias": (lambda: {"bias_quant": quantizer("Int32Bias")}, "bias_quant=None"),
+    "weights alone": (lambda: {"input_quant": None}, "it quantizes weights alone"),
+    "quantized tensors": (lambda: {"return_quant_tensor": True}, "return_quant_tensor=False"),
+    "inputs alone": (lambda: {"weight_quant": None}, "its input is quantized and its weight is not"),
+    "dynamic": (
         lambda: {"input_quant": dynamic()},
         "input_quant is dynamic: it has no calibrated range",
     ),
@@ -166,11 +153,11 @@ def test_foreign_files(golden: Path, tmp_path: Path) -> None:
         Adapter.inspect(tmp_path / "nothing")
 
 
-def test_another_base_than_the_model_s_own_is_refused(
+def test_another_base_than_the_model_s_own_is_(
     model: GoldenModel, states: dict[str, CalibratedState], calibrate: Callable[[nn.Module], None]
 ) -> None:
     quantized = by_brevitas(model.unet(), calibrate)
-    with pytest.raises(IncompatibleModelError, match="their quantizers are not this base's"):
+    with pytest.raises(IncompatibleModelError, match="they are not this base's"):
         load_backend("brevitas").install(quantized, states["w4a8"])
     with pytest.raises(IncompatibleModelError, match="of brevitas inside"):
         load_backend("torch").install(quantized, read(quantized))
@@ -215,7 +202,7 @@ def test_half_precision_rounds_as_full_precision_does(
     )  # a step, and half's rounding
 
 
-def test_what_calibration_never_reached_is_refused(
+def test_what_calibration_never_reached_is_(
     model: GoldenModel, calibrate: Callable[[nn.Module], None]
 ) -> None:
     with pytest.raises(ArtefactError, match="calibration never reached it"):

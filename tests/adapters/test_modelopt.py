@@ -28,16 +28,6 @@ pytestmark = needs("modelopt")
 Adapter: Any = load_base_quantizer("modelopt")
 
 
-@pytest.fixture
-def calibrate(model: GoldenModel) -> Callable[[nn.Module], None]:
-    def run(unet: nn.Module) -> None:
-        with torch.no_grad():
-            for index in range(2):
-                unet(**model.call(index))
-
-    return run
-
-
 def read(unet: nn.Module) -> CalibratedState:
     state: CalibratedState = Adapter.read(Adapter.config_class(), unet)
     return state
@@ -49,26 +39,18 @@ def preset(name: str) -> Any:
     return getattr(mtq, name)
 
 
-def refused(config: Callable[[], Any], message: str) -> tuple[Callable[[], Any], str]:
-    """Made when it is wanted: ModelOpt may be missing."""
-    return config, message
-
-
-REFUSED = {
-    "FP8": refused(lambda: preset("FP8_DEFAULT_CFG"), "a floating-point format, FP8"),
-    "FP8 behind integer weights": refused(
-        lambda: preset("W4A8_AWQ_BETA_CFG"), "a floating-point format, FP8"
-    ),
-    "sequence": refused(lambda: modelopt_config([4, 8]), "a sequence of quantizers"),
-    "weights alone": refused(lambda: preset("INT4_AWQ_CFG"), "it quantizes weights alone"),
-    "smooths nothing": refused(
+# Made when they are wanted: the framework may be missing.
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "FP8": (lambda: preset("FP8_DEFAULT_CFG"), "a floating-point format, FP8"),
+    "FP8 behind integer weights": (lambda: preset("W4A8_AWQ_BETA_CFG"), "a floating-point format, FP8"),
+    "sequence": (lambda: modelopt_config([4, 8]), "a sequence of quantizers"),
+    "weights alone": (lambda: preset("INT4_AWQ_CFG"), "it quantizes weights alone"),
+    "smooths nothing": (
         lambda: modelopt_config(4, "smoothquant"),
         r"a range for each of \d+ channels.*wants 8-bit weights",
     ),
-    "no range": refused(
-        lambda: {**modelopt_config(), "algorithm": None}, "dynamic: it has no calibrated range"
-    ),
-    "nothing": refused(
+    "no range": (lambda: {**modelopt_config(), "algorithm": None}, "dynamic: it has no calibrated range"),
+    "nothing": (
         lambda: {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None},
         "no convolution or linear is quantized",
     ),
@@ -76,7 +58,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_has_no_integer_widths_is_refused(
+def test_what_has_no_integer_widths_is_(
     case: str, model: GoldenModel, calibrate: Callable[[nn.Module], None]
 ) -> None:
     config, message = REFUSED[case]
@@ -216,7 +198,7 @@ def test_the_backend_s_name_without_a_recipe(
         quantized(**model.call(0))
 
 
-def test_another_base_than_the_model_s_own_is_refused(
+def test_another_base_than_the_model_s_own_is_(
     model: GoldenModel, states: dict[str, CalibratedState], calibrate: Callable[[nn.Module], None]
 ) -> None:
     quantized = by_modelopt(model.unet(), calibrate)
@@ -378,9 +360,7 @@ def test_a_quantizer_that_is_switched_off_under_a_recipe(
         handles.verify()
 
 
-def test_another_model_s_weights_are_refused(
-    model: GoldenModel, calibrate: Callable[[nn.Module], None]
-) -> None:
+def test_another_model_s_weights_are_(model: GoldenModel, calibrate: Callable[[nn.Module], None]) -> None:
     """Smoothed weights are not the pipeline's; they point the same way, and others do not."""
     other = model.unet()
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 
 import qlip_plugins
 from qlip_plugins.errors import HostError
-from qlip_plugins.host import check_release
+from qlip_plugins.host import Host
 from qlip_plugins.recipe import Recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
@@ -92,16 +92,16 @@ def test_ci_runs_the_readme_s_test_command() -> None:
 
 def test_a_missing_or_old_framework_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "0.43.1")
-    check_release("nvidia-modelopt", "0.43", "modelopt")
+    Host("nvidia-modelopt", "0.43", "modelopt").check()
     with pytest.raises(
         HostError,
         match=r"nvidia-modelopt 0\.43\.1 is older than 0\.44: pip install 'qlip-plugins\[modelopt\]'",
     ):
-        check_release("nvidia-modelopt", "0.44", "modelopt")
+        Host("nvidia-modelopt", "0.44", "modelopt").check()
 
     def absent(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)
     with pytest.raises(HostError, match="brevitas is not installed: pip install"):
-        check_release("brevitas", "0.13.1", "brevitas")
+        Host("brevitas", "0.13.1", "brevitas").check()
